@@ -1,0 +1,58 @@
+# The two commands of the README are `make run` and `make test`; everything else serves development.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+ORACLE_VENV ?= .venv-oracle
+SANITIZE_DIR ?= build/sanitize
+# Slots for a quarter of the demo model's 240 experts; the rest is read from disk token by token.
+DEMO_EXPERTS ?= 25%
+
+.PHONY: run test build lint native-sanitize oracle demo-model fixtures clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PIP) install -q "scikit-build-core>=0.10" "nanobind>=2.2" "cmake>=3.24" "ninja>=1.11"
+	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+build: $(VENV)/.installed
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+
+run: $(VENV)/.installed
+	$(VENV)/bin/flashmoe run --expert-slots $(DEMO_EXPERTS) "Tell me a short story about a brave mouse."
+
+test: $(VENV)/.installed
+	$(PY) -m pytest tests --ignore=tests/oracle
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'native/*.h' 'native/*.cc')
+
+native-sanitize: $(VENV)/.installed
+	for kind in address,undefined thread; do \
+	  dir=$(SANITIZE_DIR)/$$kind; \
+	  $(VENV)/bin/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	    -DFLASHMOE_NATIVE_TESTS=ON -DFLASHMOE_SANITIZE=$$kind && \
+	  $(VENV)/bin/cmake --build $$dir && \
+	  $(VENV)/bin/ctest --test-dir $$dir --output-on-failure || exit 1; \
+	done
+
+$(ORACLE_VENV)/.installed: pyproject.toml
+	test -x $(ORACLE_VENV)/bin/python || python3 -m venv $(ORACLE_VENV)
+	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch==2.13.0"
+	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
+	touch $@
+
+# Live comparison with Hugging Face on CPU; makes its checkpoints afresh.
+oracle: $(ORACLE_VENV)/.installed
+	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps .
+	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
+
+fixtures: $(ORACLE_VENV)/.installed
+	$(ORACLE_VENV)/bin/python tests/golden/make_fixtures.py
+
+clean:
+	rm -rf build $(VENV) $(ORACLE_VENV)

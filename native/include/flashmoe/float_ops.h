@@ -1,0 +1,53 @@
+// Float operations of a decoder over the kernel table, split over a thread pool.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "flashmoe/float_kernels.h"
+#include "flashmoe/quant_ops.h"
+#include "flashmoe/thread_pool.h"
+
+namespace flashmoe {
+
+struct DeltaShape {
+  int64_t tokens = 0, key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;
+  int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
+};
+
+struct AttentionShape {
+  int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0, rotated = 0;
+};
+
+// Not thread-safe: one FloatOps per inference thread; it may share the pool with other op objects.
+class FloatOps {
+ public:
+  FloatOps(ThreadPool& pool, Isa isa) : pool_(pool), kernels_(float_kernels(isa)) {}
+
+  void rms_norm(const float* x, const float* w, int64_t rows, int64_t n, float eps, float* out);
+  void add_rms_norm(float* x, const float* delta, const float* w, int64_t rows, int64_t n, float eps, float* out);
+  // rows of n values: one norm each.
+  void gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n, float eps,
+                      float* out);
+  // w: [taps, channels].
+  void causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels, int64_t taps,
+                     float* out);
+  void gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
+                        const float* a_log, const float* dt_bias, float* state, float* out);
+  void attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
+                         const float* q_norm, const float* k_norm, float eps, const float* cos, const float* sin,
+                         int64_t position, float* q_out, const CacheView& keys, const CacheView& values);
+  void attention(const AttentionShape& shape, const float* q, const CacheView& keys, const CacheView& values,
+                 int64_t position, const float* q_gate, float* out);
+  // Returns false when a logit is not a number.
+  bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen, float* weights);
+
+  int64_t scratch_nbytes() const { return scratch_.nbytes(); }
+
+ private:
+  ThreadPool& pool_;
+  const FloatKernels& kernels_;
+  GrowOnly<float> scratch_;
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,89 @@
+// Matrix products with tile-quantised weights: the shapes, and the table of functions per instruction set.
+//
+// A tile is 16 rows x `group` columns (docs/format.md); matrix tiles follow one another row tile by row
+// tile.  All functions are pure: no allocation, no state, any number of threads at once.
+//
+// Arithmetic of every function, the same in every instruction set and for every number of tokens:
+//   int8 path:  c = s_rg * xs_g;  acc = fma(float(sum q*xq), c, acc);  acc = fma(b_rg, xsum_g, acc)
+//   f32 path:   d = fma over the group's columns ascending of q * x;  acc = fma(s_rg, d, acc);
+//               acc = fma(b_rg, xsum_g, acc)
+// with g ascending.  The int32 sum is exact: at most 64 * 255 * 127 = 2.1e6.
+#pragma once
+
+#include <cstdint>
+
+#include "flashmoe/cpu.h"
+
+namespace flashmoe {
+
+constexpr int64_t kTileRows = 16;
+
+struct TileMatrix {
+  const uint8_t* tiles = nullptr;
+  int64_t rows = 0;
+  int64_t groups = 0;      // tiles per row tile
+  int64_t tile_stride = 0; // bytes from one tile of a row tile to the next (two tiles when interleaved)
+  int bits = 4;            // 2, 3, 4 or 8
+  int group = 64;          // columns of a tile: 32 or 64
+  bool f16_scales = false; // bf16 otherwise
+
+  int64_t tile_nbytes() const { return kTileRows * group * bits / 8 + 4 * kTileRows; }
+  int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+};
+
+// Activations of some tokens: rows of `cols` = groups * group values.  q is null on the f32 path.
+struct Activations {
+  const int8_t* q = nullptr;
+  const float* x = nullptr;
+  const float* scale = nullptr;  // [tokens, groups]
+  const float* sum = nullptr;    // [tokens, groups]
+  int64_t cols = 0;
+  int64_t groups = 0;
+};
+
+// Which activation rows feed a product and where its results go.
+struct TokenRows {
+  int64_t count = 0;
+  const int32_t* in = nullptr;    // activation row of token i; null: i
+  const int32_t* out = nullptr;   // output row of token i; null: i
+  const float* weight = nullptr;  // null: out = y;  else out = fma(weight[i], y, out)
+};
+
+struct DenseMatrix {
+  const void* data = nullptr;  // row-major [rows, cols]
+  int64_t rows = 0;
+  int64_t cols = 0;
+  enum class Type { f32, bf16, f16 } type = Type::f32;
+};
+
+struct QuantKernels {
+  // One token's row: int8 codes, scale = amax / 127 and sum per group.  cols % group == 0.
+  void (*quantize)(const float* x, int64_t cols, int group, int8_t* q, float* scale, float* sum);
+  // Group sums alone, for the f32 path.
+  void (*group_sums)(const float* x, int64_t cols, int group, float* sum);
+  // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.
+  void (*matmul)(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
+                 int64_t tile_end, float* out, int64_t out_stride);
+  // silu(gate x) * (up x), tiles of gate and up alternating in `gate_up.tiles` (gate first).
+  void (*matmul_glu)(const TileMatrix& gate_up, const Activations& x, const TokenRows& tokens,
+                     int64_t tile_begin, int64_t tile_end, float* out, int64_t out_stride);
+  // Row `row` of W as floats: scale * code + bias (rounded after the product, as dequantisation is defined).
+  void (*dequantize_row)(const TileMatrix& w, int64_t row, float* out);
+  // Rows [row_begin, row_end) of an unquantised W for one token.
+  void (*dense)(const DenseMatrix& w, const float* x, int64_t row_begin, int64_t row_end, float* out);
+  // out[i] = fma(weight, y[i], out[i]) for i < n.
+  void (*accumulate)(float weight, const float* y, int64_t n, float* out);
+  // out[i] = 1 / (1 + exp(-x[i])) for i < n.
+  void (*sigmoid)(const float* x, int64_t n, float* out);
+  // Reads every cache line of [data, data + nbytes) once, nbytes % 64 == 0; the result only keeps the reads alive.
+  uint32_t (*read_all)(const uint8_t* data, int64_t nbytes);
+};
+
+const QuantKernels& quant_kernels_scalar();
+const QuantKernels& quant_kernels_avx2();
+const QuantKernels& quant_kernels_avx512vnni();
+
+// Table of `isa`; throws std::invalid_argument when it is not compiled in.
+const QuantKernels& quant_kernels(Isa isa);
+
+}  // namespace flashmoe

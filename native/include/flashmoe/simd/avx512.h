@@ -1,0 +1,59 @@
+// The 16-lane vector as one AVX-512 register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "flashmoe/target.h"
+
+FLASHMOE_TARGET_BEGIN_AVX512
+namespace flashmoe::avx512 {
+
+struct F32x16 {
+  __m512 v;
+};
+
+FLASHMOE_INLINE __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
+
+FLASHMOE_INLINE F32x16 set1(float a) { return {_mm512_set1_ps(a)}; }
+FLASHMOE_INLINE F32x16 zero() { return {_mm512_setzero_ps()}; }
+FLASHMOE_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FLASHMOE_INLINE void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+FLASHMOE_INLINE F32x16 load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+FLASHMOE_INLINE void store_n(float* p, F32x16 a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+FLASHMOE_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FLASHMOE_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+FLASHMOE_INLINE F32x16 abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
+FLASHMOE_INLINE F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+FLASHMOE_INLINE F32x16 round_even(F32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FLASHMOE_INLINE F32x16 exp2_integer(F32x16 n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+FLASHMOE_INLINE F32x16 zero_where_below(F32x16 a, F32x16 x, float limit) {
+  // Not-less-than, unordered is true: a NaN stays a NaN.
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
+}
+FLASHMOE_INLINE __m256i load_halves(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+FLASHMOE_INLINE F32x16 load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p)), 16))};
+}
+FLASHMOE_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(load_halves(p))}; }
+FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#include "flashmoe/simd/common-inl.h"
+
+}  // namespace flashmoe::avx512
+FLASHMOE_TARGET_END

@@ -1,0 +1,23 @@
+// Regions of code for one instruction set inside a baseline translation unit.
+//
+// Everything that standard headers define inline must be included before a region begins: a copy compiled
+// for AVX-512 may be the one the linker keeps, and would crash older processors.
+#pragma once
+
+#define FLASHMOE_PRAGMA(text) _Pragma(#text)
+
+#if defined(__clang__)
+#define FLASHMOE_TARGET_BEGIN(features) \
+  FLASHMOE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FLASHMOE_TARGET_END FLASHMOE_PRAGMA(clang attribute pop)
+#else
+#define FLASHMOE_TARGET_BEGIN(features) FLASHMOE_PRAGMA(GCC push_options) FLASHMOE_PRAGMA(GCC target(features))
+#define FLASHMOE_TARGET_END FLASHMOE_PRAGMA(GCC pop_options)
+#endif
+
+#define FLASHMOE_TARGET_BEGIN_AVX2 FLASHMOE_TARGET_BEGIN("avx2,fma,f16c")
+#define FLASHMOE_TARGET_BEGIN_AVX512 \
+  FLASHMOE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+
+// Small bodies must vanish into their loops: a call would spill sixteen vectors.
+#define FLASHMOE_INLINE static inline __attribute__((always_inline))

@@ -1,0 +1,186 @@
+#include "flashmoe/float_ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace flashmoe {
+namespace {
+
+// log(1 + e^x) without overflow; double, because its argument feeds an exponential of an exponential.
+double softplus(double x) { return x > 30.0 ? x : std::log1p(std::exp(x)); }
+
+// Rows small enough that several belong in one task.
+int64_t rows_per_task(int64_t n) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(n, 1)); }
+
+}  // namespace
+
+const FloatKernels& float_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+      return float_kernels_scalar();
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return float_kernels_avx2();
+    case Isa::avx512vnni:
+      return float_kernels_avx512vnni();
+#endif
+    default:
+      throw std::invalid_argument(std::string("no kernels for ") + isa_name(isa) + " in this build");
+  }
+}
+
+void FloatOps::rms_norm(const float* x, const float* w, int64_t rows, int64_t n, float eps, float* out) {
+  pool_.parallel_for(rows, [&](int64_t r) { kernels_.rms_norm(x + r * n, w, n, eps, out + r * n); });
+}
+
+void FloatOps::add_rms_norm(float* x, const float* delta, const float* w, int64_t rows, int64_t n, float eps,
+                            float* out) {
+  pool_.parallel_for(rows, [&](int64_t r) {
+    kernels_.add(x + r * n, delta + r * n, n);
+    kernels_.rms_norm(x + r * n, w, n, eps, out + r * n);
+  });
+}
+
+void FloatOps::gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n, float eps,
+                              float* out) {
+  const int64_t step = rows_per_task(n);
+  pool_.parallel_for((rows + step - 1) / step, [&](int64_t task) {
+    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
+      kernels_.gated_rms_norm(o + r * n, z + r * n, w, n, eps, out + r * n);
+    }
+  });
+}
+
+void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
+                             int64_t taps, float* out) {
+  constexpr int64_t kChannels = 1024;
+  pool_.parallel_for((channels + kChannels - 1) / kChannels, [&](int64_t task) {
+    const int64_t begin = task * kChannels;
+    kernels_.causal_conv(u, w, state, tokens, channels, taps, begin, std::min(begin + kChannels, channels), out);
+  });
+}
+
+void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
+                                const float* a_log, const float* dt_bias, float* state, float* out) {
+  const int64_t keys = shape.key_heads * shape.key_dim, heads = shape.value_heads;
+  float* q = scratch_.at_least(shape.tokens * (2 * keys + shape.key_heads + 2 * heads));
+  float* k = q + shape.tokens * keys;
+  float* kq = k + shape.tokens * keys;
+  float* beta = kq + shape.tokens * shape.key_heads;
+  float* decay = beta + shape.tokens * heads;
+  const float q_scale = 1.0f / std::sqrt(static_cast<float>(shape.key_dim));
+  pool_.parallel_for(shape.tokens, [&](int64_t t) {
+    for (int64_t h = 0; h < shape.key_heads; ++h) {
+      const int64_t at = t * keys + h * shape.key_dim;
+      const float* row = mixed + t * shape.channels() + h * shape.key_dim;
+      kernels_.l2_norm(row, shape.key_dim, q_scale, q + at);
+      kernels_.l2_norm(row + keys, shape.key_dim, 1.0f, k + at);
+      kq[t * shape.key_heads + h] = kernels_.dot(q + at, k + at, shape.key_dim);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      const double g = -std::exp(static_cast<double>(a_log[h])) * softplus(double{a[t * heads + h]} + dt_bias[h]);
+      beta[t * heads + h] = static_cast<float>(1.0 / (1.0 + std::exp(-double{b[t * heads + h]})));
+      decay[t * heads + h] = static_cast<float>(std::exp(g));
+    }
+  });
+  const int64_t ratio = heads / shape.key_heads;
+  pool_.parallel_for(heads, [&](int64_t h) {
+    const int64_t key_head = h / ratio;
+    DeltaStep step;
+    step.q = q + key_head * shape.key_dim;
+    step.k = k + key_head * shape.key_dim;
+    step.qk_stride = keys;
+    step.kq = kq + key_head;
+    step.kq_stride = shape.key_heads;
+    step.v = mixed + 2 * keys + h * shape.value_dim;
+    step.v_stride = shape.channels();
+    step.beta = beta + h;
+    step.decay = decay + h;
+    step.gate_stride = heads;
+    step.state = state + h * shape.key_dim * shape.value_dim;
+    step.out = out + h * shape.value_dim;
+    step.out_stride = heads * shape.value_dim;
+    step.tokens = shape.tokens;
+    step.key_dim = shape.key_dim;
+    step.value_dim = shape.value_dim;
+    kernels_.delta_head(step);
+  });
+}
+
+void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
+                                 const float* q_norm, const float* k_norm, float eps, const float* cos,
+                                 const float* sin, int64_t position, float* q_out, const CacheView& keys,
+                                 const CacheView& values) {
+  const int64_t dim = shape.head_dim, half = shape.rotated / 2;
+  pool_.parallel_for(shape.tokens, [&](int64_t t) {
+    const float* c = cos + (position + t) * half;
+    const float* s = sin + (position + t) * half;
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      float* q = q_out + (t * shape.heads + h) * dim;
+      kernels_.rms_norm(q_gate + (t * shape.heads + h) * 2 * dim, q_norm, dim, eps, q);
+      kernels_.rope(q, c, s, half);
+    }
+    float key[kMaxHeadDim];
+    for (int64_t h = 0; h < shape.kv_heads; ++h) {
+      const int64_t at = (t * shape.kv_heads + h) * dim;
+      kernels_.rms_norm(k + at, k_norm, dim, eps, key);
+      kernels_.rope(key, c, s, half);
+      kernels_.store_cache(keys, h, position + t, key);
+      kernels_.store_cache(values, h, position + t, v + at);
+    }
+  });
+}
+
+void FloatOps::attention(const AttentionShape& shape, const float* q, const CacheView& keys,
+                         const CacheView& values, int64_t position, const float* q_gate, float* out) {
+  const int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
+  const int64_t parts = (group + kHeadsPerTask - 1) / kHeadsPerTask;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  pool_.parallel_for(shape.tokens * shape.kv_heads * parts, [&](int64_t index) {
+    const int64_t t = index / (shape.kv_heads * parts);
+    const int64_t kv_head = index / parts % shape.kv_heads, part = index % parts;
+    const int64_t head = kv_head * group + part * kHeadsPerTask;
+    AttentionTask task;
+    task.q = q + (t * shape.heads + head) * dim;
+    task.gate = q_gate + (t * shape.heads + head) * 2 * dim + dim;
+    task.keys = keys;
+    task.values = values;
+    task.kv_head = kv_head;
+    task.heads = std::min(kHeadsPerTask, group - part * kHeadsPerTask);
+    task.visible = position + t + 1;
+    task.scale = scale;
+    task.out = out + (t * shape.heads + head) * dim;
+    kernels_.attention(task);
+  });
+}
+
+bool FloatOps::route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
+                     float* weights) {
+  std::atomic<bool> valid{true};
+  pool_.parallel_for(tokens, [&](int64_t t) {
+    const float* row = logits + t * experts;
+    int32_t* ids = chosen + t * k;
+    float* best = weights + t * k;
+    int64_t found = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (std::isnan(row[e])) valid.store(false, std::memory_order_relaxed);
+      // Strictly greater: among equals the lower number keeps its place.
+      if (found == k && !(row[e] > best[k - 1])) continue;
+      int64_t at = found < k ? found++ : k - 1;
+      for (; at > 0 && row[e] > best[at - 1]; --at) {
+        best[at] = best[at - 1];
+        ids[at] = ids[at - 1];
+      }
+      best[at] = row[e];
+      ids[at] = static_cast<int32_t>(e);
+    }
+    // Softmax over all experts, renormalised over the chosen, is the softmax over the chosen.
+    kernels_.softmax(best, k);
+  });
+  return valid.load(std::memory_order_relaxed);
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,58 @@
+#include "flashmoe/quant_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "flashmoe/simd/avx512.h"
+#include "flashmoe/target.h"
+
+FLASHMOE_TARGET_BEGIN_AVX512
+namespace flashmoe::avx512 {
+namespace {
+
+using U8x64 = __m512i;
+using I32x16 = __m512i;
+
+FLASHMOE_INLINE U8x64 u8_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+FLASHMOE_INLINE U8x64 u8_and(U8x64 v, uint8_t mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+FLASHMOE_INLINE U8x64 u8_shr(U8x64 v, int bits) {
+  return _mm512_srli_epi32(v, static_cast<unsigned>(bits));
+}
+FLASHMOE_INLINE U8x64 u8_shl(U8x64 v, int bits) {
+  return _mm512_slli_epi32(v, static_cast<unsigned>(bits));
+}
+FLASHMOE_INLINE U8x64 u8_or(U8x64 a, U8x64 b) { return _mm512_or_si512(a, b); }
+FLASHMOE_INLINE I32x16 i32_zero() { return _mm512_setzero_si512(); }
+FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
+// vpdpbusd does not saturate: 8-bit codes need no special care.
+FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {
+  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x4));
+}
+FLASHMOE_INLINE I32x16 dot4_wide(I32x16 acc, U8x64 codes, int32_t x4) { return dot4(acc, codes, x4); }
+FLASHMOE_INLINE F32x16 to_f32(I32x16 v) { return F32x16{_mm512_cvtepi32_ps(v)}; }
+FLASHMOE_INLINE F32x16 byte_f32(U8x64 v, int byte) {
+  return F32x16{_mm512_cvtepi32_ps(_mm512_and_si512(u8_shr(v, 8 * byte), _mm512_set1_epi32(0xff)))};
+}
+FLASHMOE_INLINE F32x16 load_scales(const uint8_t* p, bool f16) {
+  const uint16_t* raw = reinterpret_cast<const uint16_t*>(p);
+  return f16 ? load_f16(raw) : load_bf16(raw);
+}
+FLASHMOE_INLINE void quantize16(const float* x, float inverse, int8_t* q) {
+  const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+  const __m128i bytes = _mm512_cvtsepi32_epi8(codes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm_max_epi8(bytes, _mm_set1_epi8(-127)));
+}
+
+}  // namespace
+
+#include "kernels/quant/quant-inl.h"
+
+}  // namespace flashmoe::avx512
+FLASHMOE_TARGET_END
+
+namespace flashmoe {
+const QuantKernels& quant_kernels_avx512vnni() { return avx512::kTable; }
+}  // namespace flashmoe
+#endif

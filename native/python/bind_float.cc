@@ -1,0 +1,158 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "flashmoe/cpu.h"
+#include "flashmoe/float_ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashmoe {
+namespace {
+
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<int32_t, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+int64_t dim(const Floats& array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
+int64_t size(const Floats& array) { return static_cast<int64_t>(array.size()); }
+
+CacheView cache_view(const Cache& cache, int64_t kv_heads, int64_t head_dim) {
+  const bool f16 = cache.itemsize() == 2;
+  require(cache.itemsize() == 2 || cache.itemsize() == 4, "a cache must be float16 or float32");
+  require(static_cast<int64_t>(cache.shape(0)) == kv_heads && static_cast<int64_t>(cache.shape(2)) == head_dim,
+          "a cache must have shape [kv_heads, context, head_dim]");
+  return {cache.data(), f16, static_cast<int64_t>(cache.shape(1)), head_dim};
+}
+
+void rms_norm(FloatOps& ops, const Floats& x, const Floats& w, float eps, const Floats& out) {
+  require(x.ndim() == 2 && size(w) == dim(x, 1) && size(out) == size(x), "x [rows, n], w [n] and out must agree");
+  nb::gil_scoped_release release;
+  ops.rms_norm(x.data(), w.data(), dim(x, 0), dim(x, 1), eps, out.data());
+}
+
+void add_rms_norm(FloatOps& ops, const Floats& x, const Floats& delta, const Floats& w, float eps,
+                  const Floats& out) {
+  require(x.ndim() == 2 && size(w) == dim(x, 1) && size(out) == size(x) && size(delta) == size(x),
+          "x [rows, n], delta, w [n] and out must agree");
+  nb::gil_scoped_release release;
+  ops.add_rms_norm(x.data(), delta.data(), w.data(), dim(x, 0), dim(x, 1), eps, out.data());
+}
+
+void gated_rms_norm(FloatOps& ops, const Floats& o, const Floats& z, const Floats& w, float eps,
+                    const Floats& out) {
+  require(size(w) > 0 && size(o) % size(w) == 0 && size(z) == size(o) && size(out) == size(o),
+          "o, z and out must have one size, a multiple of w's");
+  nb::gil_scoped_release release;
+  ops.gated_rms_norm(o.data(), z.data(), w.data(), size(o) / size(w), size(w), eps, out.data());
+}
+
+void causal_conv1d(FloatOps& ops, const Floats& u, const Floats& w, const Floats& state, const Floats& out) {
+  require(u.ndim() == 2 && w.ndim() == 2 && dim(w, 1) == dim(u, 1) && dim(w, 0) >= 2,
+          "u [tokens, channels] and w [taps, channels] must agree");
+  require(size(state) == (dim(w, 0) - 1) * dim(u, 1) && size(out) == size(u),
+          "state must be [taps - 1, channels] and out like u");
+  nb::gil_scoped_release release;
+  ops.causal_conv1d(u.data(), w.data(), state.data(), dim(u, 0), dim(u, 1), dim(w, 0), out.data());
+}
+
+void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const Floats& b, const Floats& a_log,
+                      const Floats& dt_bias, const Floats& state, const Floats& out, int64_t key_heads) {
+  require(state.ndim() == 3 && mixed.ndim() == 2, "mixed [tokens, channels], state [value_heads, key_dim, value_dim]");
+  const DeltaShape shape{dim(mixed, 0), key_heads, dim(state, 0), dim(state, 1), dim(state, 2)};
+  require(key_heads > 0 && shape.value_heads % key_heads == 0, "key_heads must divide the value heads");
+  require(shape.key_dim <= kMaxHeadDim && shape.key_dim % 4 == 0, "key_dim must be a multiple of 4, at most 512");
+  require(shape.channels() == dim(mixed, 1), "mixed must hold queries, keys and values side by side");
+  const int64_t gates = shape.tokens * shape.value_heads;
+  require(size(a) == gates && size(b) == gates, "a and b must be [tokens, value_heads]");
+  require(size(a_log) == shape.value_heads && size(dt_bias) == shape.value_heads, "A_log and dt_bias: [value_heads]");
+  require(size(out) == gates * shape.value_dim, "out must be [tokens, value_heads, value_dim]");
+  nb::gil_scoped_release release;
+  ops.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), state.data(),
+                       out.data());
+}
+
+AttentionShape attention_shape(const Floats& q, const Floats& q_gate, const Cache& keys) {
+  require(q.ndim() == 3, "q must be [tokens, heads, head_dim]");
+  const AttentionShape shape{dim(q, 0), dim(q, 1), static_cast<int64_t>(keys.shape(0)), dim(q, 2), 0};
+  require(shape.head_dim > 0 && shape.head_dim <= kMaxHeadDim, "head_dim must be at most 512");
+  require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "kv_heads must divide the heads");
+  require(size(q_gate) == 2 * size(q), "q_gate must be [tokens, heads, 2 * head_dim]");
+  return shape;
+}
+
+void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, const Floats& v, const Floats& q_norm,
+                       const Floats& k_norm, float eps, const Floats& cos, const Floats& sin, int64_t position,
+                       const Floats& q_out, const Cache& keys, const Cache& values) {
+  AttentionShape shape = attention_shape(q_out, q_gate, keys);
+  const CacheView key_view = cache_view(keys, shape.kv_heads, shape.head_dim);
+  const CacheView value_view = cache_view(values, shape.kv_heads, shape.head_dim);
+  require(cos.ndim() == 2 && size(cos) == size(sin), "cos and sin must be [positions, rotated / 2]");
+  shape.rotated = 2 * dim(cos, 1);
+  require(shape.rotated <= shape.head_dim, "more dimensions rotated than a head has");
+  require(size(q_norm) == shape.head_dim && size(k_norm) == shape.head_dim, "q_norm and k_norm: [head_dim]");
+  const int64_t kv = shape.tokens * shape.kv_heads * shape.head_dim;
+  require(size(k) == kv && size(v) == kv, "k and v must be [tokens, kv_heads * head_dim]");
+  const int64_t last = position + shape.tokens;
+  require(position >= 0 && last <= key_view.context && last <= value_view.context && last <= dim(cos, 0),
+          "the positions do not fit the cache or the rotary table");
+  nb::gil_scoped_release release;
+  ops.attention_prepare(shape, q_gate.data(), k.data(), v.data(), q_norm.data(), k_norm.data(), eps, cos.data(),
+                        sin.data(), position, q_out.data(), key_view, value_view);
+}
+
+void attention(FloatOps& ops, const Floats& q, const Cache& keys, const Cache& values, int64_t position,
+               const Floats& q_gate, const Floats& out) {
+  const AttentionShape shape = attention_shape(q, q_gate, keys);
+  const CacheView key_view = cache_view(keys, shape.kv_heads, shape.head_dim);
+  const CacheView value_view = cache_view(values, shape.kv_heads, shape.head_dim);
+  require(size(out) == size(q), "out must have q's size");
+  require(position >= 0 && position + shape.tokens <= key_view.context &&
+              position + shape.tokens <= value_view.context,
+          "the positions do not fit the cache");
+  nb::gil_scoped_release release;
+  ops.attention(shape, q.data(), key_view, value_view, position, q_gate.data(), out.data());
+}
+
+void route(FloatOps& ops, const Floats& logits, int64_t k, const Ints& chosen, const Floats& weights) {
+  require(logits.ndim() == 2 && k >= 1 && k <= dim(logits, 1), "logits [tokens, experts], 1 <= k <= experts");
+  const int64_t pairs = dim(logits, 0) * k;
+  require(static_cast<int64_t>(chosen.size()) == pairs && size(weights) == pairs,
+          "chosen and weights must be [tokens, k]");
+  bool valid;
+  {
+    nb::gil_scoped_release release;
+    valid = ops.route(logits.data(), dim(logits, 0), dim(logits, 1), k, chosen.data(), weights.data());
+  }
+  if (!valid) throw std::runtime_error("the router computed a value that is not a number");
+}
+
+}  // namespace
+
+void bind_float(nb::module_& m) {
+  nb::class_<FloatOps>(m, "FloatOps")
+      .def("__init__",
+           [](FloatOps* self, ThreadPool& pool, const std::string& isa) { new (self) FloatOps(pool, parse_isa(isa)); },
+           "pool"_a, "isa"_a, nb::keep_alive<1, 2>())
+      .def("rms_norm", &rms_norm, "x"_a, "w"_a, "eps"_a, "out"_a)
+      .def("add_rms_norm", &add_rms_norm, "x"_a, "delta"_a, "w"_a, "eps"_a, "out"_a)
+      .def("gated_rms_norm", &gated_rms_norm, "o"_a, "z"_a, "w"_a, "eps"_a, "out"_a)
+      .def("causal_conv1d", &causal_conv1d, "u"_a, "w"_a, "state"_a, "out"_a)
+      .def("gated_delta_rule", &gated_delta_rule, "mixed"_a, "a"_a, "b"_a, "a_log"_a, "dt_bias"_a, "state"_a,
+           "out"_a, "key_heads"_a)
+      .def("attention_prepare", &attention_prepare, "q_gate"_a, "k"_a, "v"_a, "q_norm"_a, "k_norm"_a, "eps"_a,
+           "cos"_a, "sin"_a, "position"_a, "q_out"_a, "keys"_a, "values"_a)
+      .def("attention", &attention, "q"_a, "keys"_a, "values"_a, "position"_a, "q_gate"_a, "out"_a)
+      .def("route", &route, "logits"_a, "k"_a, "chosen"_a, "weights"_a)
+      .def_prop_ro("scratch_nbytes", &FloatOps::scratch_nbytes);
+}
+
+}  // namespace flashmoe

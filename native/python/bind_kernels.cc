@@ -1,0 +1,208 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "flashmoe/cpu.h"
+#include "flashmoe/quant_ops.h"
+#include "flashmoe/thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashmoe {
+namespace {
+
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+TileMatrix tile_matrix(int64_t rows, int64_t cols, int bits, int group, bool f16_scales) {
+  require(rows > 0 && cols > 0 && rows < (int64_t{1} << 31) && cols < (int64_t{1} << 31),
+          "rows and cols must be positive and below 2^31");
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
+  require(group == 32 || group == 64, "group must be 32 or 64");
+  require(cols % group == 0, "cols must be a multiple of group");
+  TileMatrix w;
+  w.rows = rows;
+  w.groups = cols / group;
+  w.bits = bits;
+  w.group = group;
+  w.f16_scales = f16_scales;
+  w.tile_stride = w.tile_nbytes();
+  return w;
+}
+
+// Keeps the array that owns its memory alive.
+struct Weight {
+  Matrix matrix;
+  int64_t rows = 0, cols = 0;
+  nb::object owner;
+};
+
+Weight tile_weight(const Bytes& tiles, int64_t rows, int64_t cols, int bits, int group, bool f16_scales) {
+  TileMatrix w = tile_matrix(rows, cols, bits, group, f16_scales);
+  require(static_cast<int64_t>(tiles.nbytes()) == w.row_tiles() * w.groups * w.tile_nbytes(),
+          "the tiles' size does not match rows, cols, bits and group");
+  w.tiles = tiles.data();
+  return {w, rows, cols, nb::cast(tiles)};
+}
+
+Weight dense_weight(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& data, int64_t rows, int64_t cols,
+                    const std::string& type) {
+  const bool f32 = type == "f32";
+  require(f32 || type == "bf16" || type == "f16", "type must be f32, bf16 or f16");
+  require(rows > 0 && cols > 0, "rows and cols must be positive");
+  require(static_cast<int64_t>(data.nbytes()) == rows * cols * (f32 ? 4 : 2), "the data's size does not match");
+  const auto kind = f32 ? DenseMatrix::Type::f32
+                        : (type == "bf16" ? DenseMatrix::Type::bf16 : DenseMatrix::Type::f16);
+  return {DenseMatrix{data.data(), rows, cols, kind}, rows, cols, nb::cast(data)};
+}
+
+FfnLayout ffn_layout(int64_t hidden, int64_t intermediate, std::pair<int, int> gate_up, std::pair<int, int> down,
+                     bool f16_gate_up, bool f16_down) {
+  FfnLayout layout;
+  layout.hidden = hidden;
+  layout.intermediate = intermediate;
+  layout.gate_up = tile_matrix(intermediate, hidden, gate_up.first, gate_up.second, f16_gate_up);
+  layout.gate_up.tile_stride *= 2;
+  const int64_t padded = (intermediate + down.second - 1) / down.second * down.second;
+  layout.down = tile_matrix(hidden, padded, down.first, down.second, f16_down);
+  layout.down_offset = layout.gate_up.row_tiles() * layout.gate_up.groups * layout.gate_up.tile_stride;
+  return layout;
+}
+
+int64_t ffn_nbytes(const FfnLayout& layout) {
+  return layout.down_offset + layout.down.row_tiles() * layout.down.groups * layout.down.tile_stride;
+}
+
+void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights, const std::vector<Floats>& outs) {
+  require(x.ndim() == 2, "x must have shape [tokens, cols]");
+  require(weights.size() == outs.size() && weights.size() <= 8, "one out for each weight, at most 8");
+  const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+  Matrix matrices[8];
+  float* pointers[8];
+  for (size_t i = 0; i < weights.size(); ++i) {
+    require(weights[i] != nullptr && weights[i]->cols == cols, "x and a weight differ in columns");
+    require(static_cast<int64_t>(outs[i].size()) == tokens * weights[i]->rows, "an out has the wrong size");
+    matrices[i] = weights[i]->matrix;
+    pointers[i] = outs[i].data();
+  }
+  nb::gil_scoped_release release;
+  ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()});
+}
+
+void embed(QuantOps& ops, const Weight& table, const Ints& ids, const Floats& out) {
+  require(static_cast<int64_t>(out.size()) == static_cast<int64_t>(ids.size()) * table.cols,
+          "out must have shape [tokens, cols]");
+  for (size_t i = 0; i < ids.size(); ++i) {
+    require(ids.data()[i] >= 0 && ids.data()[i] < table.rows, "a token id is outside the table");
+  }
+  nb::gil_scoped_release release;
+  ops.embed(table.matrix, {ids.data(), ids.size()}, out.data());
+}
+
+void prepare(QuantOps& ops, TokenInput& input, const Floats& x, int group) {
+  require(x.ndim() == 2 && (group == 32 || group == 64), "x must have shape [tokens, cols], group 32 or 64");
+  require(x.shape(1) % static_cast<size_t>(group) == 0, "cols must be a multiple of group");
+  nb::gil_scoped_release release;
+  ops.prepare(input, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), group);
+}
+
+// addresses[j] serves the pairs [offsets[j], offsets[j + 1]).
+void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
+                const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& offsets, const Ints& tokens,
+                const Ints& rows, const Floats& out, const std::optional<Floats>& weights) {
+  const int64_t pairs = static_cast<int64_t>(tokens.size());
+  require(offsets.size() == addresses.size() + 1 && offsets.front() == 0 && offsets.back() == pairs,
+          "offsets must run from 0 to the number of pairs");
+  require(rows.size() == tokens.size() && (!weights || weights->size() == tokens.size()),
+          "tokens, rows and weights differ in length");
+  require(input.view().cols == layout.hidden && input.group() == layout.gate_up.group,
+          "the input was prepared for another width or group");
+  const int64_t out_rows = static_cast<int64_t>(out.size()) / layout.hidden;
+  for (int64_t p = 0; p < pairs; ++p) {
+    require(tokens.data()[p] >= 0 && tokens.data()[p] < input.tokens(), "a token index is out of range");
+    require(rows.data()[p] >= 0 && rows.data()[p] < out_rows, "a result row is out of range");
+  }
+  std::vector<ExpertJob> jobs(addresses.size());
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    require(offsets[j] <= offsets[j + 1] && addresses[j] != 0, "offsets must not fall, addresses must not be 0");
+    jobs[j] = {reinterpret_cast<const uint8_t*>(addresses[j]), offsets[j], offsets[j + 1] - offsets[j]};
+  }
+  nb::gil_scoped_release release;
+  std::span<const float> factors;
+  if (weights) factors = {weights->data(), weights->size()};
+  ops.expert_ffn(input, layout, jobs, {tokens.data(), tokens.size()}, {rows.data(), rows.size()}, factors,
+                 out.data());
+}
+
+void combine(QuantOps& ops, const Floats& y, const Ints& rows, const Floats& weights, const Floats& out) {
+  require(y.ndim() == 2 && out.ndim() == 2 && y.shape(1) == out.shape(1), "y and out must be 2-D, equal columns");
+  require(rows.size() == weights.size() && rows.size() <= y.shape(0), "one row and weight for each y");
+  for (size_t p = 0; p < rows.size(); ++p) {
+    require(rows.data()[p] >= 0 && rows.data()[p] < static_cast<int64_t>(out.shape(0)), "a row is out of range");
+  }
+  nb::gil_scoped_release release;
+  ops.combine(y.data(), static_cast<int64_t>(y.shape(1)), {rows.data(), rows.size()},
+              {weights.data(), weights.size()}, out.data());
+}
+
+void sigmoid(QuantOps& ops, const Floats& x, const Floats& out) {
+  require(x.size() == out.size(), "x and out differ in size");
+  nb::gil_scoped_release release;
+  ops.sigmoid(x.data(), static_cast<int64_t>(x.size()), out.data());
+}
+
+double read_bandwidth(QuantOps& ops, const Bytes& data) {
+  nb::gil_scoped_release release;
+  return ops.read_bandwidth(data.data(), static_cast<int64_t>(data.nbytes()) / 64 * 64);
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  m.def("choose_isa", [] {
+    const IsaChoice choice = choose_isa();
+    return std::make_pair(std::string(isa_name(choice.isa)), choice.reason);
+  });
+  nb::class_<ThreadPool>(m, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+  nb::class_<Weight>(m, "Weight").def_ro("rows", &Weight::rows).def_ro("cols", &Weight::cols);
+  m.def("tile_weight", &tile_weight, "tiles"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a);
+  m.def("dense_weight", &dense_weight, "data"_a, "rows"_a, "cols"_a, "type"_a);
+  nb::class_<FfnLayout>(m, "FfnLayout").def_prop_ro("nbytes", &ffn_nbytes).def_ro("down_offset", &FfnLayout::down_offset);
+  m.def("ffn_layout", &ffn_layout, "hidden"_a, "intermediate"_a, "gate_up"_a, "down"_a, "f16_gate_up"_a,
+        "f16_down"_a);
+  nb::class_<TokenInput>(m, "TokenInput").def(nb::init<>()).def_prop_ro("nbytes", &TokenInput::nbytes);
+  nb::class_<QuantOps>(m, "QuantOps")
+      .def("__init__",
+           [](QuantOps* self, ThreadPool& pool, const std::string& isa, bool int8) {
+             new (self) QuantOps(pool, parse_isa(isa), int8);
+           },
+           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
+      .def("linear", &linear, "x"_a, "weights"_a, "outs"_a)
+      .def("embed", &embed, "table"_a, "ids"_a, "out"_a)
+      .def("prepare", &prepare, "input"_a, "x"_a, "group"_a)
+      .def("expert_ffn", &expert_ffn, "input"_a, "layout"_a, "addresses"_a, "offsets"_a, "tokens"_a, "rows"_a,
+           "out"_a, "weights"_a = nb::none())
+      .def("combine", &combine, "y"_a, "rows"_a, "weights"_a, "out"_a)
+      .def("sigmoid", &sigmoid, "x"_a, "out"_a)
+      .def("read_bandwidth", &read_bandwidth, "data"_a)
+      .def_prop_ro("scratch_nbytes", &QuantOps::scratch_nbytes);
+}
+
+}  // namespace flashmoe

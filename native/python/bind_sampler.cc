@@ -1,0 +1,42 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include "flashmoe/sampler.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashmoe {
+namespace {
+
+using Logits = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Mask = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+int32_t sample(Sampler& self, const Logits& logits, const std::optional<Mask>& allowed) {
+  std::span<const uint32_t> mask;
+  if (allowed) mask = {allowed->data(), allowed->size()};
+  nb::gil_scoped_release release;
+  return self.sample({logits.data(), logits.size()}, mask);
+}
+
+}  // namespace
+
+void bind_sampler(nb::module_& m) {
+  nb::class_<Sampler>(m, "Sampler")
+      .def("__init__",
+           [](Sampler* self, float temperature, int64_t top_k, float top_p, float min_p, float presence_penalty,
+              float frequency_penalty, float repetition_penalty, uint64_t seed) {
+             new (self) Sampler({temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
+                                 repetition_penalty, seed});
+           },
+           "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "presence_penalty"_a, "frequency_penalty"_a,
+           "repetition_penalty"_a, "seed"_a)
+      .def("observe_prompt", [](Sampler& self, const Ids& ids) { self.observe_prompt({ids.data(), ids.size()}); },
+           "ids"_a)
+      .def("sample", &sample, "logits"_a, "allowed"_a = nb::none())
+      .def_prop_ro("probability", &Sampler::probability);
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,287 @@
+"""A checkpoint directory under canonical names, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from flashmoe.checkpoint.dtypes import F32
+from flashmoe.checkpoint.header import Header, TensorEntry, read_header
+from flashmoe.checkpoint.matrices import FLOAT_TYPES, AffineMatrix, FloatMatrix, Matrix, TensorRef, raw_to_f32
+from flashmoe.checkpoint.pread import read_exact
+from flashmoe.errors import CheckpointError
+
+# What stands before the text model's names: multimodal Hugging Face, MLX, text-only Hugging Face.
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+# Parts of multimodal and multi-token-prediction checkpoints that text generation does not use.
+_SKIPPED = ("mtp.", "visual.", "vision_tower.")
+_SAMPLE = 4096  # bytes of each content sample of a fingerprint
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Tensors under ``prefix`` (as the checkpoint spells it) that are known and not needed."""
+
+    prefix: str
+    tensors: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by canonical name (``layers.0.mlp.gate.weight``).  Immutable."""
+
+    def __init__(self, path: Path, config: dict[str, Any], headers: Mapping[str, Header]) -> None:
+        self.path = path
+        self.config = config
+        self.headers = dict(headers)  # shard file name -> header, in file order
+        self.tensors: dict[str, TensorRef] = {}
+        self.skipped: list[Skipped] = []
+        self._collect()
+        self.kind: Literal["hf", "mlx"] = self._detect_kind()
+        self._overrides = _quantization(config)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Open a directory with config.json and safetensors files (sharded or not).
+
+        Raises CheckpointError (one line) when a file is missing or damaged, a shard of the index is absent, a
+        tensor appears in two shards, or the weights are quantised in a way flashmoe does not read.
+        """
+        path = Path(path)
+        config = read_config(path)
+        return cls(path, config, {name: read_header(path / name) for name in _shard_names(path)})
+
+    def vector(self, name: str, count: int) -> F32:
+        """float32 [count] of a small float tensor; raises CheckpointError when missing or of another size."""
+        ref = self.ref(name)
+        if ref.entry.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{ref.where} has the type {ref.entry.dtype}, not one of {', '.join(FLOAT_TYPES)}"
+            )
+        if ref.entry.nbytes != count * {"F32": 4}.get(ref.entry.dtype, 2):
+            raise CheckpointError(
+                f"{ref.where} is {list(ref.entry.shape)}, {count} values wanted: check config.json"
+            )
+        values: F32 = raw_to_f32(
+            read_exact(ref.shard, ref.entry.offset, ref.entry.nbytes)[None], ref.entry.dtype
+        )[0]
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{ref.where} holds NaN or infinity: download it again")
+        return values
+
+    def has(self, module: str) -> bool:
+        """True when the matrix ``module`` exists, with or without ``.weight``."""
+        return module in self.tensors or f"{module}.weight" in self.tensors
+
+    def matrix(self, module: str, rows: int, cols: int) -> Matrix:
+        """The matrix of ``module`` with leading dimensions flattened to ``rows``.
+
+        Raises CheckpointError when it is missing, of another size, or quantised in an unknown way.
+        """
+        weight = self.ref(module if module in self.tensors else f"{module}.weight")
+        shape = weight.entry.shape
+        found_rows = int(np.prod(shape[:-1], dtype=np.int64)) if len(shape) > 1 else 0
+        if f"{module}.scales" in self.tensors:
+            matrix: Matrix = self._affine(module, weight, rows, cols)
+        else:
+            if weight.entry.dtype not in FLOAT_TYPES:
+                raise CheckpointError(
+                    f"{weight.where} has the type {weight.entry.dtype}: use the bf16 or MLX variant"
+                )
+            matrix = FloatMatrix(weight, rows, _last(shape))
+        if found_rows != rows or matrix.cols != cols:
+            raise CheckpointError(
+                f"{weight.where} is {list(shape)}, [{rows}, {cols}] wanted: check config.json"
+            )
+        return matrix
+
+    def fingerprint(self, shard: str) -> str:
+        """16 hex digits over a shard's name, header and 16 samples of its data; any copy of it agrees."""
+        header = self.headers[shard]
+        digest = xxhash.xxh3_64(shard.encode())
+        for entry in header.tensors.values():
+            digest.update(repr((entry.name, entry.dtype, entry.shape, entry.offset)).encode())
+        size = header.file_nbytes
+        for i in range(_SAMPLES):
+            offset = max(0, size - _SAMPLE) * i // (_SAMPLES - 1)
+            digest.update(read_exact(self.path / shard, offset, min(_SAMPLE, size)).data)
+        return digest.hexdigest()
+
+    def unused(self, used: Iterable[str]) -> list[str]:
+        """Canonical names that ``used`` leaves over, sorted."""
+        return sorted(set(self.tensors) - set(used))
+
+    def _collect(self) -> None:
+        skipped: dict[str, list[int]] = {}
+        for shard, header in self.headers.items():
+            for entry in header.tensors.values():
+                name, prefix = canonical_name(entry.name)
+                if prefix is not None:
+                    skipped.setdefault(prefix, []).append(entry.nbytes)
+                elif name in self.tensors:
+                    other = self.tensors[name]
+                    raise CheckpointError(
+                        f"{self.path / shard}: tensor {entry.name!r} is also {other.where}: keep one"
+                    )
+                else:
+                    self.tensors[name] = TensorRef(entry, self.path / shard)
+        self.skipped = [Skipped(prefix, len(sizes), sum(sizes)) for prefix, sizes in sorted(skipped.items())]
+
+    def _detect_kind(self) -> Literal["hf", "mlx"]:
+        """MLX stores the convolution [C, K, 1] and, in the same pass, the norms as 1 + w."""
+        for name, ref in self.tensors.items():
+            if name.endswith("conv1d.weight") and len(ref.entry.shape) == 3:
+                return "mlx" if ref.entry.shape[-1] == 1 else "hf"
+        return "mlx" if any(h.metadata.get("format") == "mlx" for h in self.headers.values()) else "hf"
+
+    def _affine(self, module: str, weight: TensorRef, rows: int, cols: int) -> AffineMatrix:
+        scales, biases = self.ref(f"{module}.scales"), self.ref(f"{module}.biases")
+        words, groups = _last(weight.entry.shape), _last(scales.entry.shape)
+        bits, group = words * 32 // cols, cols // max(groups, 1)
+        _check_affine(weight, scales, biases, (bits, group), (rows, cols))
+        stated = self._stated(module, weight.entry.name)
+        if stated is not None and stated != (bits, group):
+            raise CheckpointError(
+                f"{weight.where} has {bits} bits in groups of {group}, config.json says {stated}:"
+                " download both again"
+            )
+        return AffineMatrix(weight, scales, biases, rows, cols, bits, group)
+
+    def _stated(self, module: str, original: str) -> tuple[int, int] | None:
+        """(bits, group) that config.json states for a module, overrides by either spelling first."""
+        default = self._overrides.get("")
+        return self._overrides.get(original.removesuffix(".weight"), self._overrides.get(module, default))
+
+    def ref(self, name: str) -> TensorRef:
+        """The tensor of a canonical name; raises CheckpointError when it is missing."""
+        ref = self.tensors.get(name)
+        if ref is None:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r}: download the checkpoint again, all of it"
+            )
+        return ref
+
+
+def canonical_name(original: str) -> tuple[str, str | None]:
+    """The name without the checkpoint's prefix, and the skipped prefix it falls under, if any."""
+    name = original
+    for prefix in _PREFIXES:
+        if original.startswith(prefix):
+            name = original[len(prefix) :]
+            break
+    for part in _SKIPPED:
+        if name.startswith(part):
+            return name, original[: len(original) - len(name)] + part
+    return name, None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a directory; raises CheckpointError when it is missing or no JSON object."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {file}: {error.strerror}; give a model directory that has it"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is no JSON object: download it again")
+    return config
+
+
+def header_to_json(header: Header) -> dict[str, Any]:
+    """A header as JSON, so that a checkpoint can be planned after a shard is gone."""
+    rows = [[e.name, e.dtype, list(e.shape), e.offset, e.nbytes] for e in header.tensors.values()]
+    return {"tensors": rows, "metadata": header.metadata, "file_nbytes": header.file_nbytes}
+
+
+def header_from_json(value: Any) -> Header:
+    """The inverse of header_to_json (our own output: not checked)."""
+    entries = [
+        TensorEntry(n, dtype, tuple(shape), offset, nbytes)
+        for n, dtype, shape, offset, nbytes in value["tensors"]
+    ]
+    return Header({e.name: e for e in entries}, value["metadata"], value["file_nbytes"])
+
+
+def _last(shape: tuple[int, ...]) -> int:
+    return shape[-1] if shape else 0
+
+
+def _shard_names(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(
+                f"{path} has no .safetensors file: give the directory of a downloaded model"
+            )
+        return names
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r}): download it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names the shard {name!r}, outside its folder: download it again")
+        if not (path / name).exists():
+            raise CheckpointError(
+                f"{path / name} is missing: download it again (the index names {len(names)} files)"
+            )
+    return names
+
+
+def _check_affine(
+    weight: TensorRef, scales: TensorRef, biases: TensorRef, form: tuple[int, int], size: tuple[int, int]
+) -> None:
+    (bits, group), (rows, cols) = form, size
+    lead = weight.entry.shape[:-1]
+    fits = (
+        weight.entry.dtype == "U32"
+        and bits in (2, 3, 4, 5, 6, 8)
+        and group in (32, 64, 128)
+        and weight.entry.shape == (*lead, cols * bits // 32)
+        and scales.entry.shape == biases.entry.shape == (*lead, cols // group)
+        and cols % group == 0
+        and {scales.entry.dtype, biases.entry.dtype} <= set(FLOAT_TYPES)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{weight.where} {weight.entry.dtype} {list(weight.entry.shape)}"
+            f" with scales {list(scales.entry.shape)} is"
+            f" no MLX affine form of [{rows}, {cols}]: use an affine 2 to 8 bit or a bf16 variant"
+        )
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Module path -> (bits, group) as config.json states them; the key '' is the default."""
+    stated: dict[str, tuple[int, int]] = {}
+    table = config.get("quantization", config.get("quantization_config"))
+    if not isinstance(table, dict):
+        return stated
+    method = None if "quantization" in config else table.get("quant_method")
+    if method is not None or table.get("mode", "affine") != "affine":
+        kind = method or table.get("mode")
+        raise CheckpointError(
+            f"config.json says {kind!r} quantisation, which flashmoe does not read: use bf16 or MLX affine"
+        )
+    for key, value in {"": table, **table}.items():
+        if (
+            isinstance(value, dict)
+            and type(value.get("bits")) is int
+            and type(value.get("group_size")) is int
+        ):
+            form = value["bits"], value["group_size"]
+            stated[key] = form
+            stated.setdefault(canonical_name(key)[0], form)
+    return stated

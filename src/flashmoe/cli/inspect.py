@@ -1,0 +1,123 @@
+"""Show what a bundle holds, or what a checkpoint or config.json would become, and how memory is split."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.cli import options
+from flashmoe.cli.convert import BITS
+from flashmoe.errors import BudgetError
+from flashmoe.types import format_size
+
+if TYPE_CHECKING:
+    from flashmoe.engine.memory import Demand, MemoryPlan
+
+_SHOWN_UNKNOWN = 5
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `flashmoe inspect`."""
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="a bundle, a checkpoint directory or a config.json"
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, help="for a checkpoint or config: as convert --bits would"
+    )
+    parser.add_argument(
+        "--memory", type=options.size, metavar="SIZE", help="plan this budget (default: what is free now)"
+    )
+    parser.add_argument("--context", type=options.count, metavar="N", help="plan this many tokens of context")
+    options.add_json(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Describe and plan; a budget that was asked for and is too small is an error."""
+    from flashmoe.convert import describe
+
+    facts = describe(args.path, bits=args.bits)
+    plan, refusal = _plan(args, facts)
+    if args.json:
+        options.print_json(facts | {"plan": None if plan is None else _plan_facts(plan)})
+    else:
+        print(_describe(args.path, facts), "", plan.describe() if plan else refusal, sep="\n")
+    return 0
+
+
+def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan | None, str]:
+    """The split of the budget; or, when none was asked for and the machine is too small, the reason."""
+    from flashmoe.engine.memory import make_plan
+
+    try:
+        return make_plan(_demand(args.path, facts, args.context), args.memory), ""
+    except BudgetError as error:
+        if args.memory is not None:
+            raise
+        return None, str(error)
+
+
+def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:
+    import numpy as np
+
+    from flashmoe.engine.loading import DEFAULT_CONTEXT
+    from flashmoe.engine.memory import Demand
+    from flashmoe.models import qwen3_5_moe as qwen
+    from flashmoe.models.registry import find_family
+    from flashmoe.store.cache import ExpertCache
+
+    raw = json.loads((path if path.is_file() else path / "config.json").read_bytes())
+    config = find_family(raw).config(raw)
+    context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    layers = facts["expert_layers"]
+    return Demand(
+        resident_nbytes=facts["resident_nbytes"],
+        state_nbytes=qwen.state_nbytes(config, context, np.float16),
+        workspace_nbytes=lambda tokens: qwen.workspace_nbytes(config, tokens),
+        record_nbytes=facts["record_nbytes"],
+        experts=layers * facts["experts"],
+        min_slots=ExpertCache.min_slots(facts["experts_per_token"]) if layers else 0,
+        context=context,
+    )
+
+
+def _plan_facts(plan: MemoryPlan) -> dict[str, Any]:
+    return dataclasses.asdict(plan) | {"slots_nbytes": plan.slots_nbytes}
+
+
+def _describe(path: Path, facts: dict[str, Any]) -> str:
+    attention = facts["attention_layers"]
+    rows = [
+        (facts["kind"], str(path)),
+        (
+            "model",
+            f"{facts['model_type']}, hidden size {facts['hidden_size']}, vocabulary {facts['vocab_size']}",
+        ),
+        ("layers", f"{facts['layers']}: {attention} with attention, {facts['layers'] - attention} recurrent"),
+        ("experts", _experts(facts)),
+        ("always needed", f"{format_size(facts['resident_nbytes'])} in memory"),
+    ]
+    if facts["embedding_nbytes"]:
+        rows.append(("embedding", f"{format_size(facts['embedding_nbytes'])}, rows are read when needed"))
+    rows += [("matrices", f"{count} x {codec}") for codec, count in facts["codecs"].items()]
+    rows += [
+        ("skipped", f"{part['prefix']}*: {part['tensors']} tensors, {format_size(part['nbytes'])}")
+        for part in facts["skipped"]
+    ]
+    if facts["unknown"]:
+        rows.append(("unknown", f"{len(facts['unknown'])}: {', '.join(facts['unknown'][:_SHOWN_UNKNOWN])}"))
+    rows.append(("lossless", "yes" if facts["lossless"] else "no"))
+    if facts["note"]:
+        rows.append(("note", facts["note"]))
+    return "\n".join(f"{name:<17} {value}" for name, value in rows)
+
+
+def _experts(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['experts']} in each of {facts['expert_layers']} layers, "
+        f"{facts['experts_per_token']} per token; "
+        f"{format_size(facts['expert_nbytes'])}, {format_size(facts['record_nbytes'])} each, "
+        f"{format_size(facts['token_expert_nbytes'])} per token"
+    )

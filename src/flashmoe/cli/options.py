@@ -1,0 +1,62 @@
+"""Types of option values: argparse turns their refusals into usage errors (exit code 2)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from typing import Any
+
+from flashmoe.errors import ConfigError
+from flashmoe.types import parse_size
+
+
+def size(text: str) -> int:
+    """Bytes of 6GiB, 800MiB, ..."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def real(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def slots(text: str) -> str:
+    """A number of expert slots, or a share of all experts such as 25%."""
+    if not re.fullmatch(r"[1-9]\d*%?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of slots nor a share like 25%")
+    return text
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json, the same in every command that reports."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one object of a --json run."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))

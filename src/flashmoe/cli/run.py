@@ -1,0 +1,189 @@
+"""Generate text with a bundle; without one, with the embedded demo model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.cli import options
+from flashmoe.cli.demo import find_demo_bundle
+from flashmoe.types import format_size
+
+if TYPE_CHECKING:
+    from flashmoe.chat.llm import LLM, Chunk
+
+_SAMPLING = (
+    ("--temperature", options.real, "0 always takes the likeliest token"),
+    ("--top-k", options.whole, "sample among the K likeliest tokens; 0 is all"),
+    ("--top-p", options.real, "sample among the likeliest tokens that hold this probability together"),
+    ("--min-p", options.real, "drop tokens less likely than this share of the likeliest one"),
+    ("--presence-penalty", options.real, "subtracted once from tokens that were generated before"),
+    ("--frequency-penalty", options.real, "subtracted for each time a token was generated before"),
+    ("--repetition-penalty", options.real, "divides the logits of tokens seen before; 1 is off"),
+    ("--seed", options.whole, "the same seed gives the same text"),
+)
+_STATS = (
+    "decode_tok_s",
+    "prefill_tok_s",
+    "bound_tok_s",
+    "hit_rate",
+    "bytes_read",
+    "peak_memory_bytes",
+    "budget_bytes",
+)
+# An answer of the demo model at this length takes some seconds on two cores.
+_MAX_TOKENS = 256
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `flashmoe run`."""
+    parser.usage = "flashmoe run [options] [BUNDLE] PROMPT"
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[BUNDLE] PROMPT",
+        help="a bundle's directory (default: the demo model), and the prompt; - reads it from stdin",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before the prompt")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
+    parser.add_argument(
+        "--max-tokens", type=options.count, default=_MAX_TOKENS, metavar="N", help="default: %(default)s"
+    )
+    sampling = parser.add_argument_group(
+        "sampling", "each defaults to the model's own generation_config.json"
+    )
+    for flag, kind, text in _SAMPLING:
+        sampling.add_argument(flag, type=kind, metavar="N" if kind is options.whole else "X", help=text)
+    _configure_machine(parser.add_argument_group("machine", "none of these changes a bit of the output"))
+    lossy = parser.add_argument_group("changes the output")
+    lossy.add_argument(
+        "--experts-per-token",
+        type=options.count,
+        metavar="N",
+        help="other than the model's own number is lossy",
+    )
+    lossy.add_argument(
+        "--activations", choices=("int8", "f32"), default="int8", help="f32 is the slow accuracy oracle"
+    )
+    options.add_json(parser)
+
+
+def _configure_machine(machine: argparse._ArgumentGroup) -> None:
+    machine.add_argument(
+        "--memory", type=options.size, metavar="SIZE", help="ceiling of the whole process, like 6GiB"
+    )
+    machine.add_argument(
+        "--context", type=options.count, metavar="N", help="longest prompt and answer, in tokens"
+    )
+    machine.add_argument("--threads", type=options.count, metavar="N", help="default: every processor")
+    machine.add_argument(
+        "--io", choices=("auto", "direct", "buffered"), default="auto", help="how experts are read"
+    )
+    machine.add_argument(
+        "--expert-slots",
+        type=options.slots,
+        metavar="N|P%",
+        help="experts kept in memory (default: as many as fit)",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Generate, streaming to stdout, and close with one line of measurements on stderr."""
+    bundle, prompt = _split_words(args.words)
+    from flashmoe.chat.llm import LLM  # after the options are checked: this loads numpy and the native core
+
+    with LLM(
+        bundle or find_demo_bundle(),
+        memory=args.memory,
+        context=args.context,
+        threads=args.threads,
+        experts_per_token=args.experts_per_token,
+        activations=args.activations,
+        io=args.io,
+        expert_slots=args.expert_slots,
+    ) as llm:
+        if llm.lossy:
+            print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)
+        params = llm.sampling_params(max_tokens=args.max_tokens, **_given_sampling(args))
+        chunks = llm.stream(_prompt_ids(llm, prompt, args), params)
+        if args.json:
+            options.print_json(_report(llm, chunks))
+        else:
+            _show(llm, chunks)
+    return 0
+
+
+def _split_words(words: list[str]) -> tuple[str | None, str]:
+    if len(words) > 2:
+        raise _usage_error(f"expected [BUNDLE] PROMPT, got {len(words)} words: put the prompt in quotes")
+    prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
+    return (words[0] if len(words) == 2 else None), prompt
+
+
+def _usage_error(message: str) -> SystemExit:
+    print(f"flashmoe run: error: {message}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = [flag.removeprefix("--").replace("-", "_") for flag, _, _ in _SAMPLING]
+    return {name: getattr(args, name) for name in names}
+
+
+def _prompt_ids(llm: LLM, prompt: str, args: argparse.Namespace) -> list[int]:
+    if args.raw:
+        return llm.tokenizer.encode((args.system or "") + prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if args.system:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return llm.chat_ids(messages)
+
+
+def _lossy_note(llm: LLM) -> str:
+    native = llm.native_experts_per_token
+    return f"lossy: {llm.experts_per_token} experts per token instead of the model's own {native}"
+
+
+def _report(llm: LLM, chunks: Iterator[Chunk]) -> dict[str, Any]:
+    answer = list(chunks)
+    stats = llm.stats()
+    report: dict[str, Any] = {
+        "text": "".join(chunk.text for chunk in answer),
+        "token_ids": [chunk.token_id for chunk in answer if chunk.token_id is not None],
+        "finish_reason": answer[-1].finish_reason,
+        "stats": {name: stats[name] for name in _STATS},
+    }
+    if llm.lossy:
+        report |= {"experts_per_token": llm.experts_per_token, "lossy": True}
+    return report
+
+
+def _show(llm: LLM, chunks: Iterator[Chunk]) -> None:
+    try:
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+    finally:
+        print(flush=True)
+    print(closing_line(llm.stats()), file=sys.stderr)
+
+
+def closing_line(stats: dict[str, Any]) -> str:
+    """The measurements of a request in one line; what could not be measured (a single token) is left out."""
+    parts = []
+    if stats["decode_tok_s"] is not None:
+        parts.append(f"{stats['decode_tok_s']:.2f} tok/s{_of_bound(stats)}")
+    if stats["hit_rate"] is not None:
+        parts.append(f"hit rate {stats['hit_rate']:.1%}")
+    parts.append(f"{stats['bytes_read'] / 1e9:.3f} GB read")
+    peak, budget = format_size(stats["peak_memory_bytes"]), format_size(stats["budget_bytes"])
+    parts.append(f"peak memory {peak} of a {budget} budget")
+    return ", ".join(parts)
+
+
+def _of_bound(stats: dict[str, Any]) -> str:
+    bound = stats["bound_tok_s"]
+    return "" if bound is None else f" ({stats['decode_tok_s'] / bound:.0%} of the {bound:.2f} tok/s bound)"

@@ -1,0 +1,144 @@
+"""describe(): what a bundle is, or what a checkpoint or a bare config would become."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
+from flashmoe.bundle.manifest import MANIFEST_FILE, stored_shape
+from flashmoe.bundle.reader import Bundle
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.convert.outline import make_outline
+from flashmoe.convert.plan import DEFAULT_BITS, make_plan
+from flashmoe.convert.sources import Sources
+from flashmoe.errors import CheckpointError, ConfigError
+from flashmoe.models.registry import find_family
+
+Tensor = tuple[str, Codec, tuple[int, ...]]
+
+
+def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
+    """Facts about a bundle directory, a checkpoint directory or a config.json, ready for JSON.
+
+    Keys: kind (bundle | checkpoint | config), model_type, layers, attention_layers, hidden_size, vocab_size,
+    experts, experts_per_token, expert_layers, codecs (label -> matrices), resident_nbytes
+    (an untied embedding, of which single rows are read, is counted in embedding_nbytes instead), embedding_nbytes,
+    expert_nbytes (all), record_nbytes (one expert, the largest), token_expert_nbytes (experts of one token),
+    skipped (prefix, tensors, nbytes), unknown (names), lossless, note.  For a checkpoint or config they are
+    what `convert` with ``bits`` would give.  Raises FlashmoeError as opening it does.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _describe_config(path, bits)
+    if (path / MANIFEST_FILE).exists():
+        return _describe_bundle(Bundle.open(path))
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} does not exist: give a bundle, a checkpoint directory or a config.json"
+        )
+    return _describe_checkpoint(Checkpoint.open(path), bits)
+
+
+def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    tensors = [(name, record.codec, record.shape) for name, record in manifest.tensors.items()]
+    return {
+        "kind": "bundle",
+        **_model_facts(bundle.config),
+        **_size_facts(
+            tensors, [layer.ffn for layer in bundle.expert_layers], manifest.expert_count, bundle.config
+        ),
+        "skipped": [dict(item) for item in manifest.skipped],
+        "unknown": [],
+        "lossless": manifest.lossless,
+        "note": manifest.quantization_note,
+    }
+
+
+def _describe_checkpoint(checkpoint: Checkpoint, bits: int | None) -> dict[str, Any]:
+    plan = make_plan(checkpoint, bits)
+    tensors = [(item.name, item.codec, tuple(item.shape)) for item in plan.resident]
+    count = plan.experts[0].count if plan.experts else 0
+    return {
+        "kind": "checkpoint",
+        **_model_facts(checkpoint.config),
+        **_size_facts(tensors, [item.layout for item in plan.experts], count, checkpoint.config),
+        "skipped": [
+            {"prefix": s.prefix, "tensors": s.tensors, "nbytes": s.nbytes} for s in checkpoint.skipped
+        ],
+        "unknown": Sources(checkpoint, plan, consume=False).unknown,
+        "lossless": plan.lossless,
+        "note": plan.note,
+    }
+
+
+def _describe_config(path: Path, bits: int | None) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path} ({error}): give the config.json of a model") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no JSON object: give the config.json of a model")
+    outline = make_outline(config, bits or DEFAULT_BITS)
+    tensors = [(slot.name, slot.codec, slot.shape) for slot in outline.resident]
+    layouts = [outline.ffn] * len(outline.expert_layers)
+    return {
+        "kind": "config",
+        **_model_facts(config),
+        **_size_facts(tensors, layouts, outline.expert_count, config),
+        "skipped": [],
+        "unknown": [],
+        "lossless": False,
+        "note": "sizes after conversion from floats",
+    }
+
+
+def _model_facts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    family = find_family(raw)
+    config = family.config(raw)
+    return {
+        "model_type": family.model_type,
+        "layers": config.num_hidden_layers,
+        "attention_layers": sum(not config.is_linear(i) for i in range(config.num_hidden_layers)),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+    }
+
+
+def _size_facts(
+    tensors: Sequence[Tensor], layouts: Sequence[FfnLayout], count: int, raw: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = find_family(raw).config(raw)
+    sizes = {name: _nbytes(codec, shape) for name, codec, shape in tensors}
+    codecs = Counter(label for _, codec, _ in tensors for label in _labels(codec))
+    for layout in layouts:
+        codecs.update({label: n * count for label, n in Counter(_labels(layout)).items()})
+    embedding = 0 if config.tie_word_embeddings else sizes["embed_tokens"]
+    records = [layout.record_nbytes for layout in layouts]
+    return {
+        "expert_layers": len(layouts),
+        "codecs": dict(sorted(codecs.items())),
+        "resident_nbytes": sum(sizes.values()) - embedding,
+        "embedding_nbytes": embedding,
+        "expert_nbytes": sum(records) * count,
+        "record_nbytes": max(records, default=0),
+        "token_expert_nbytes": sum(records) * config.num_experts_per_tok,
+    }
+
+
+def _nbytes(codec: Codec, shape: tuple[int, ...]) -> int:
+    return math.prod(stored_shape(codec, shape)) * (codec.itemsize if isinstance(codec, DenseCodec) else 1)
+
+
+def _labels(codec: Codec) -> list[str]:
+    """One label per matrix: ``4 bit, group 64``."""
+    if isinstance(codec, FfnLayout):
+        return 2 * _labels(codec.gate_up) + _labels(codec.down)
+    return [f"{codec.bits} bit, group {codec.group}"] if isinstance(codec, TileCodec) else [codec.dtype]

@@ -1,0 +1,143 @@
+"""From rows of a checkpoint matrix to codes in the form the bundle stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, Quantized, TileCodec, pack_ffn
+from flashmoe.checkpoint import AffineMatrix, Matrix, Run
+from flashmoe.checkpoint.dtypes import HalfType, f32_to_half, is_exact
+from flashmoe.convert.quantize import quantize
+
+_BATCH_VALUES = 1 << 23  # values in flight: 32 MiB as float32, about 150 MiB with every temporary
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a checkpoint matrix that become one matrix of the bundle."""
+
+    matrix: Matrix
+    runs: tuple[Run, ...]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the source's codes, None for floats."""
+        return self.matrix.bits if isinstance(self.matrix, AffineMatrix) else None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How parts are stored: the tile, and whether the source's codes are kept (else they are fitted anew)."""
+
+    codec: TileCodec
+    keep_codes: bool
+
+
+def encode(part: Part, form: Form) -> Quantized:
+    """The whole part as codes; memory is the codes plus one batch."""
+    blocks = list(_encode_batches(part, form))
+    if len(blocks) == 1:
+        return blocks[0]
+    return Quantized(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
+
+
+def encode_tiles(part: Part, form: Form) -> Iterator[U8]:
+    """The part as tiles, a batch of whole row tiles at a time."""
+    for block in _encode_batches(part, form):
+        yield form.codec.pack(*block)
+
+
+def encode_ffn(layout: FfnLayout, parts: Sequence[Part], gate_up: Form, down: Form) -> U8:
+    """The record u8 [layout.nbytes] of gate, up and down parts."""
+    gate, up, out = parts
+    return pack_ffn(layout, encode(gate, gate_up), encode(up, gate_up), encode(out, down))
+
+
+def choose_form(parts: Sequence[Part], wanted: int | None, default: int, scale_type: HalfType) -> Form:
+    """One form for parts that must share a codec.
+
+    Affine codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed;
+    all else is quantised to ``wanted`` or ``default`` bits with bf16 scales.
+    """
+    sources = [part.bits for part in parts]
+    widest = max((bits for bits in sources if bits is not None), default=0)
+    if None not in sources and (wanted is None or widest <= wanted):
+        native = widest if len(set(sources)) == 1 and widest in (2, 3, 4, 8) else 8
+        return Form(TileCodec(wanted or native, _kept_group(parts), scale_type), keep_codes=True)
+    return Form(TileCodec(wanted or default, _fitted_group(parts)), keep_codes=False)
+
+
+def needs_scan(parts: Sequence[Part]) -> bool:
+    """True when the scales' type cannot be kept as it is: float32, or not the same everywhere."""
+    types = {part.matrix.scale_type for part in parts if isinstance(part.matrix, AffineMatrix)}
+    return "F32" in types or len(types) > 1
+
+
+def plain_scale_type(parts: Sequence[Part]) -> HalfType:
+    """The type of 16-bit scales that all affine parts share."""
+    return (
+        "f16"
+        if any(isinstance(p.matrix, AffineMatrix) and p.matrix.scale_type == "F16" for p in parts)
+        else "bf16"
+    )
+
+
+def scan_scale_type(parts: Sequence[Part]) -> tuple[HalfType, bool]:
+    """bf16 if it holds every scale and bias exactly, else f16 if that does, else bf16 with false: rounded."""
+    fits: dict[HalfType, bool] = {"bf16": True, "f16": True}
+    for part in parts:
+        if isinstance(part.matrix, AffineMatrix):
+            for batch in split_runs(part.runs, _batch_rows(part.matrix.cols)):
+                values = np.stack(part.matrix.read_scales(batch))
+                fits = {dtype: fits[dtype] and is_exact(values, dtype) for dtype in fits}
+    return ("f16", True) if fits["f16"] and not fits["bf16"] else ("bf16", fits["bf16"])
+
+
+def split_runs(runs: Sequence[Run], batch: int) -> Iterator[list[Run]]:
+    """The same rows in the same order in lists of exactly ``batch`` rows (the last may be shorter)."""
+    current: list[Run] = []
+    room = batch
+    for start, count in runs:
+        while count:
+            take = min(count, room)
+            current.append((start, take))
+            start, count, room = start + take, count - take, room - take
+            if not room:
+                yield current
+                current, room = [], batch
+    if current:
+        yield current
+
+
+def _encode_batches(part: Part, form: Form) -> Iterator[Quantized]:
+    for batch in split_runs(part.runs, _batch_rows(part.matrix.cols)):
+        if form.keep_codes and isinstance(part.matrix, AffineMatrix):
+            yield _keep(part.matrix, batch, form.codec)
+        else:
+            yield quantize(part.matrix.read_values(batch), form.codec.bits, form.codec.group)
+
+
+def _keep(matrix: AffineMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:
+    rows = matrix.read(runs)
+    repeats = matrix.group // codec.group  # a group of 128 becomes two of 64 with the same scale
+    scales, biases = (
+        np.repeat(f32_to_half(values, codec.scale_dtype), repeats, axis=1)
+        for values in (rows.scales, rows.biases)
+    )
+    return Quantized(rows.codes, scales, biases)
+
+
+def _batch_rows(cols: int) -> int:
+    return max(TILE_ROWS, _BATCH_VALUES // cols // TILE_ROWS * TILE_ROWS)
+
+
+def _kept_group(parts: Sequence[Part]) -> int:
+    return min(min(part.matrix.group, 64) for part in parts if isinstance(part.matrix, AffineMatrix))
+
+
+def _fitted_group(parts: Sequence[Part]) -> int:
+    """64 columns where they divide the matrix, else 32 (the rest of a down matrix is padded)."""
+    return 64 if all(part.matrix.cols % 64 == 0 for part in parts) else 32

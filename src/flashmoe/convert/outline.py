@@ -1,0 +1,68 @@
+"""The shape of a bundle from a config alone: what a model would weigh, and the frame that synth fills."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
+from flashmoe.errors import BundleError, ConfigError
+from flashmoe.models.registry import find_family
+from flashmoe.models.spec import FfnSpec, MatrixSpec, Spec, VectorSpec
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A resident tensor without its values."""
+
+    name: str
+    codec: Codec
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """All resident tensors in file order, and the layers with ``expert_count`` experts of layout ``ffn``."""
+
+    tied: bool
+    resident: Sequence[Slot]
+    expert_layers: Sequence[int]
+    expert_count: int
+    ffn: FfnLayout
+
+
+def make_outline(raw: Mapping[str, Any], bits: int) -> Outline:
+    """The bundle of a float model converted with ``bits``; raises ConfigError for an unusable config."""
+    family = find_family(raw)
+    config = family.config(raw)
+    spec = family.spec(config)
+    try:
+        resident = tuple(_slot(item, 4 if bits <= 4 else 8) for item in spec.resident)
+        ffn = _layout(config.hidden_size, config.moe_intermediate_size, bits)
+    except BundleError as error:
+        raise ConfigError(f"config.json: {error}: flashmoe cannot tile this model") from error
+    layers = tuple(item.layer for item in spec.experts)
+    return Outline(spec.tied, resident, layers, config.num_experts, ffn)
+
+
+def _slot(spec: Spec, bits: int) -> Slot:
+    if isinstance(spec, VectorSpec):
+        return Slot(spec.name, DenseCodec("f32"), spec.shape)
+    if isinstance(spec, FfnSpec):
+        return Slot(
+            spec.name, _layout(spec.hidden, spec.intermediate, bits), (spec.intermediate, spec.hidden)
+        )
+    assert isinstance(spec, MatrixSpec)
+    codec = _tile(8 if spec.role == "sensitive" else bits, spec.source.cols)
+    shape = spec.source.picked_rows, spec.source.cols
+    codec.matrix_shape(*shape)
+    return Slot(spec.name, codec, shape)
+
+
+def _layout(hidden: int, intermediate: int, bits: int) -> FfnLayout:
+    return FfnLayout(hidden, intermediate, _tile(bits, hidden), _tile(bits, intermediate))
+
+
+def _tile(bits: int, cols: int) -> TileCodec:
+    return TileCodec(bits, 64 if cols % 64 == 0 else 32)

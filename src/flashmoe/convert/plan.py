@@ -1,0 +1,259 @@
+"""What a conversion will write: every tensor and expert with its form, size and sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout
+from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint.dtypes import HalfType
+from flashmoe.checkpoint.matrices import TensorRef
+from flashmoe.convert.encode import Form, Part, choose_form, needs_scan, plain_scale_type, scan_scale_type
+from flashmoe.errors import CheckpointError, ConfigError
+from flashmoe.models.registry import find_family
+from flashmoe.models.spec import ExpertsSpec, FfnSource, FfnSpec, MatrixSource, MatrixSpec, VectorSpec
+
+DEFAULT_BITS = 4
+_SENSITIVE_BITS = 8
+
+# Decisions that needed a look at the data: key -> (scale type, whether it holds the source's scales exactly).
+ScaleTypes = dict[str, tuple[HalfType, bool]]
+
+
+@dataclass(frozen=True)
+class VectorItem:
+    """A float tensor of the bundle."""
+
+    name: str
+    spec: VectorSpec
+    ref: TensorRef
+
+    @property
+    def codec(self) -> Codec:
+        """Plain float32."""
+        return DenseCodec("f32")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return self.spec.shape
+
+
+@dataclass(frozen=True)
+class MatrixItem:
+    """A quantised matrix of the bundle."""
+
+    name: str
+    shape: tuple[int, int]
+    part: Part
+    form: Form
+
+    @property
+    def codec(self) -> Codec:
+        """The tile codec."""
+        return self.form.codec
+
+
+@dataclass(frozen=True)
+class FfnItem:
+    """An FFN record of the bundle: parts are gate, up, down."""
+
+    name: str
+    codec: FfnLayout
+    parts: tuple[Part, Part, Part]
+    gate_up: Form
+    down: Form
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[intermediate, hidden], as the manifest states it."""
+        return self.codec.intermediate, self.codec.hidden
+
+
+@dataclass(frozen=True)
+class ExpertsItem:
+    """All experts of one layer; ``parts(e)`` are gate, up and down of expert e."""
+
+    layer: int
+    count: int
+    layout: FfnLayout
+    parts: Callable[[int], tuple[Part, Part, Part]]
+    gate_up: Form
+    down: Form
+
+
+Item = VectorItem | MatrixItem | FfnItem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All items in the order of the files, and what their making costs in exactness."""
+
+    model_type: str
+    tied: bool
+    resident: Sequence[Item]
+    experts: Sequence[ExpertsItem]
+    scale_types: ScaleTypes
+
+    @cached_property
+    def forms(self) -> list[tuple[Form, tuple[Part, ...]]]:
+        """Every form with sample parts it is used for (of the experts, those of expert 0)."""
+        found: list[tuple[Form, tuple[Part, ...]]] = []
+        for item in self.resident:
+            if isinstance(item, MatrixItem):
+                found.append((item.form, (item.part,)))
+            elif isinstance(item, FfnItem):
+                found += [(item.gate_up, item.parts[:2]), (item.down, item.parts[2:])]
+        for layer in self.experts:
+            parts = layer.parts(0)
+            found += [(layer.gate_up, parts[:2]), (layer.down, parts[2:])]
+        return found
+
+    @property
+    def requantised(self) -> bool:
+        """True when codes of the source were thrown away for others."""
+        return any(not f.keep_codes and any(p.bits for p in parts) for f, parts in self.forms)
+
+    @property
+    def lossless(self) -> bool:
+        """True when every weight of the bundle equals the source's, bit for bit after dequantisation."""
+        return all(form.keep_codes for form, _ in self.forms) and all(
+            exact for _, exact in self.scale_types.values()
+        )
+
+    @property
+    def note(self) -> str:
+        """One sentence for people on what happens to the weights."""
+        if self.lossless:
+            return "lossless: the source's own codes, scales and biases"
+        if self.requantised:
+            return "lossy: codes of the source were quantised a second time, to fewer bits"
+        if any(not exact for _, exact in self.scale_types.values()):
+            return "nearly lossless: the source's codes, its float32 scales rounded to bf16"
+        return "quantised from floats, affine by the range of each group"
+
+    def resident_refs(self) -> Iterator[TensorRef]:
+        """The checkpoint tensors of the resident items."""
+        for item in self.resident:
+            if isinstance(item, VectorItem):
+                yield item.ref
+            else:
+                for part in (item.part,) if isinstance(item, MatrixItem) else item.parts:
+                    yield from part.matrix.refs()
+
+
+def layer_refs(item: ExpertsItem) -> set[TensorRef]:
+    """The checkpoint tensors of a layer's experts."""
+    return {ref for e in range(item.count) for part in item.parts(e) for ref in part.matrix.refs()}
+
+
+def make_plan(checkpoint: Checkpoint, bits: int | None, scale_types: ScaleTypes | None = None) -> Plan:
+    """Plan the conversion of a checkpoint.
+
+    ``bits`` are those of routed experts (None: the source's own, or 4 for floats).  ``scale_types`` are the
+    decisions of an earlier plan of the same checkpoint, so that its data need not be there any more.
+    Raises ConfigError for a model or number of bits flashmoe does not do, CheckpointError when a tensor is
+    missing or has another size than config.json asks for.
+    """
+    if bits not in (None, 2, 3, 4, 8):
+        raise ConfigError(f"--bits {bits} is not offered: choose 2, 3, 4 or 8")
+    family = find_family(checkpoint.config)
+    spec = family.spec(family.config(checkpoint.config))
+    planner = _Planner(checkpoint, bits, scale_types)
+    resident = [planner.item(s) for s in spec.resident]
+    experts = [planner.experts(s) for s in spec.experts]
+    return Plan(family.model_type, spec.tied, resident, experts, planner.scale_types)
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, bits: int | None, scale_types: ScaleTypes | None) -> None:
+        self._checkpoint = checkpoint
+        self._expert_bits = bits
+        self._resident_bits = None if bits is None else 4 if bits <= 4 else 8
+        self._known = scale_types
+        self.scale_types: ScaleTypes = {}
+
+    def item(self, spec: VectorSpec | MatrixSpec | FfnSpec) -> Item:
+        if isinstance(spec, VectorSpec):
+            return VectorItem(spec.name, spec, self._checkpoint.ref(spec.source))
+        if isinstance(spec, MatrixSpec):
+            part = self._part(spec.source)
+            bits = self._kept_or(part, self._resident_bits if spec.role == "plain" else None)
+            if spec.role == "sensitive" and part.bits is None:
+                bits = _SENSITIVE_BITS
+            form = self._form(spec.name, [part], bits)
+            shape = spec.source.picked_rows, spec.source.cols
+            _check_cols(part, form)
+            return MatrixItem(spec.name, shape, part, form)
+        parts = self._parts(spec.source)
+        gate_up, down = self._ffn_forms(
+            spec.name, parts[:2], parts[2:], self._kept_or(parts[0], self._resident_bits)
+        )
+        layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec)
+        return FfnItem(spec.name, layout, parts, gate_up, down)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsItem:
+        source = self._expert_form(spec)
+        every = [self._parts(source(e)) for e in range(spec.count)]
+        name = f"experts.{spec.layer}"
+        gates, downs = [p for parts in every for p in parts[:2]], [parts[2] for parts in every]
+        gate_up, down = self._ffn_forms(name, gates, downs, self._expert_bits)
+        layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec)
+        return ExpertsItem(spec.layer, spec.count, layout, every.__getitem__, gate_up, down)
+
+    def _kept_or(self, part: Part, bits: int | None) -> int | None:
+        """``bits``, unless the source's codes are as small already: widening them would only cost memory."""
+        return None if part.bits is not None and bits is not None and part.bits <= bits else bits
+
+    def _ffn_forms(
+        self, name: str, gate_up: Sequence[Part], down: Sequence[Part], bits: int | None
+    ) -> tuple[Form, Form]:
+        up_form = self._form(f"{name}.gate_up", gate_up, bits)
+        _check_cols(gate_up[0], up_form)
+        return up_form, self._form(f"{name}.down", down, bits)
+
+    def _form(self, key: str, parts: Sequence[Part], bits: int | None) -> Form:
+        form = choose_form(parts, bits, DEFAULT_BITS, plain_scale_type(parts))
+        if not form.keep_codes or not needs_scan(parts):
+            return form
+        decision = scan_scale_type(parts) if self._known is None else self._known[key]
+        self.scale_types[key] = decision
+        return choose_form(parts, bits, DEFAULT_BITS, decision[0])
+
+    def _expert_form(self, spec: ExpertsSpec) -> Callable[[int], FfnSource]:
+        for form in spec.forms:
+            if self._checkpoint.has(form(0).gate.module):
+                return form
+        names = ", ".join(repr(form(0).gate.module) for form in spec.forms)
+        raise CheckpointError(
+            f"{self._checkpoint.path} has no experts of layer {spec.layer} (none of {names}):"
+            " download all of it again"
+        )
+
+    def _parts(self, source: FfnSource) -> tuple[Part, Part, Part]:
+        return self._part(source.gate), self._part(source.up), self._part(source.down)
+
+    def _part(self, source: MatrixSource) -> Part:
+        return Part(self._checkpoint.matrix(source.module, source.rows, source.cols), source.runs)
+
+
+def scale_types_to_json(scale_types: ScaleTypes) -> dict[str, Any]:
+    """JSON form of the decisions."""
+    return {key: list(value) for key, value in scale_types.items()}
+
+
+def scale_types_from_json(value: Mapping[str, Any]) -> ScaleTypes:
+    """The inverse of scale_types_to_json."""
+    return {key: (dtype, exact) for key, (dtype, exact) in value.items()}
+
+
+def _check_cols(part: Part, form: Form) -> None:
+    matrix = part.matrix
+    if matrix.cols % form.codec.group:
+        raise CheckpointError(
+            f"{matrix.weight.where} has {matrix.cols} columns, no multiple of {form.codec.group}:"
+            " flashmoe cannot tile this model"
+        )

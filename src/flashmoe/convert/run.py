@@ -1,0 +1,225 @@
+"""convert(): a checkpoint becomes a bundle, file by file, in bounded memory, resumable at any point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from flashmoe.bundle.codecs import U8
+from flashmoe.bundle.manifest import FileRecord, Manifest
+from flashmoe.bundle.progress import Progress
+from flashmoe.bundle.writer import write_manifest, write_whole
+from flashmoe.checkpoint import Checkpoint, Skipped, read_config
+from flashmoe.checkpoint.checkpoint import header_from_json, header_to_json
+from flashmoe.checkpoint.header import read_header
+from flashmoe.convert.encode import encode_ffn, encode_tiles
+from flashmoe.convert.journal import Journal
+from flashmoe.convert.plan import (
+    ExpertsItem,
+    Item,
+    MatrixItem,
+    Plan,
+    VectorItem,
+    make_plan,
+    scale_types_from_json,
+    scale_types_to_json,
+)
+from flashmoe.convert.sources import Sources
+from flashmoe.convert.units import Unit, experts_unit, layer_key, layer_record, resident_unit, tensor_records
+from flashmoe.convert.writing import UnitWriter, open_output
+from flashmoe.errors import BundleError, CheckpointError
+
+VERBATIM_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.  ``unknown`` are tensors that no part of the model asked for."""
+
+    path: Path
+    nbytes: int
+    lossless: bool
+    note: str
+    skipped: Sequence[Skipped]
+    unknown: Sequence[str]
+    deleted_shards: Sequence[Path]
+    resumed: bool
+
+
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    *,
+    bits: int | None = None,
+    consume_source: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert the checkpoint directory ``src`` into a bundle at ``dst``; memory stays below about 1 GiB.
+
+    ``bits`` (2, 3, 4, 8) are those of routed experts; None keeps an MLX source's own (lossless) and means 4
+    for floats.  Killed at any point, the same call goes on where it stopped and ends with the same bytes.
+    ``consume_source`` deletes each shard once all its tensors are durably written: the source is lost, and
+    with it the tensors that text generation does not use (vision, multi-token prediction).
+    Raises CheckpointError, ConfigError, BundleError or ReadError, one line each; dst is then no bundle.
+    """
+    src, dst = Path(src), Path(dst)
+    if not src.is_dir():
+        raise CheckpointError(f"{src} is not a directory: give the directory of a downloaded model")
+    read_config(src)  # before dst is created
+    journal = open_output(dst)
+    try:
+        conversion = _Conversion(src, dst, journal, bits)
+        return conversion.run(consume_source, progress)
+    except BaseException:
+        journal.remove_if_empty()
+        raise
+    finally:
+        journal.close()
+
+
+class _Conversion:
+    """One run: its plan, and the files it consists of."""
+
+    def __init__(self, src: Path, dst: Path, journal: Journal, bits: int | None) -> None:
+        self._src, self._dst, self._journal, self._bits = src, dst, journal, bits
+        self._resumed = journal.start is not None
+        self._checkpoint, self._plan = self._resume() if self._resumed else self._begin()
+        self._resident = resident_unit(self._plan.resident, self._plan.tied, self._item_bytes)
+        self._layers = {layer_key(item.layer): _layer_unit(item) for item in self._plan.experts}
+
+    def run(self, consume: bool, progress: Progress | None) -> ConvertReport:
+        sources = Sources(self._checkpoint, self._plan, consume)
+        units = [self._resident, *(self._layers[key] for key in sources.layer_order())]
+        total = sum(unit.nbytes for unit in units)
+        writer = UnitWriter(self._dst, self._journal, total, progress)
+        growth = sources.peak_growth({unit.key: writer.left(unit) for unit in units}, self._dst)
+        writer.check_space(growth, "free some, or let --consume-source delete the source as it is converted")
+        deleted: list[Path] = []
+        for unit in units:
+            if not writer.skip_complete(unit):
+                sources.require(unit.key)
+                writer.write(unit)
+            deleted += sources.finished(unit.key)
+        write_manifest(self._dst, self._manifest())
+        self._journal.remove()
+        return ConvertReport(
+            path=self._dst,
+            nbytes=total,
+            lossless=self._plan.lossless,
+            note=self._plan.note,
+            skipped=self._checkpoint.skipped,
+            unknown=sources.unknown,
+            deleted_shards=deleted,
+            resumed=self._resumed,
+        )
+
+    def _begin(self) -> tuple[Checkpoint, Plan]:
+        checkpoint = Checkpoint.open(self._src)
+        plan = make_plan(checkpoint, self._bits)
+        self._journal.begin(
+            {
+                "bits": self._bits,
+                "config": _config_hash(self._src),
+                "shards": {name: checkpoint.fingerprint(name) for name in checkpoint.headers},
+                "headers": {name: header_to_json(header) for name, header in checkpoint.headers.items()},
+                "scale_types": scale_types_to_json(plan.scale_types),
+            }
+        )
+        return checkpoint, plan
+
+    def _resume(self) -> tuple[Checkpoint, Plan]:
+        start = self._journal.start or {}
+        again = f"give the same source and options to go on, or delete {self._dst} to start afresh"
+        if "headers" not in start:
+            raise BundleError(
+                f"{self._dst} was begun by another command: delete it or choose another directory"
+            )
+        if start["bits"] != self._bits:
+            raise BundleError(f"{self._dst} was begun with --bits {start['bits']}, not {self._bits}: {again}")
+        if start["config"] != _config_hash(self._src):
+            raise BundleError(f"{self._dst} was begun from another source than {self._src}: {again}")
+        headers = {name: header_from_json(value) for name, value in start["headers"].items()}
+        checkpoint = Checkpoint(self._src, read_config(self._src), headers)
+        for name, fingerprint in start["shards"].items():
+            if (self._src / name).exists() and not _is_same(checkpoint, name, fingerprint):
+                raise BundleError(f"{self._src / name} has changed since {self._dst} was begun: {again}")
+        return checkpoint, make_plan(checkpoint, self._bits, scale_types_from_json(start["scale_types"]))
+
+    def _item_bytes(self, item: Item) -> Iterator[U8]:
+        """The stored bytes of a resident item, in chunks."""
+        if isinstance(item, VectorItem):
+            values = self._checkpoint.vector(item.spec.source, int(np.prod(item.shape)))
+            if item.spec.zero_centred and self._checkpoint.kind == "hf":
+                values = values + np.float32(1)
+            yield values.astype("<f4").view(np.uint8)
+        elif isinstance(item, MatrixItem):
+            yield from encode_tiles(item.part, item.form)
+        else:
+            yield encode_ffn(item.codec, item.parts, item.gate_up, item.down)
+
+    def _manifest(self) -> Manifest:
+        plan, checkpoint = self._plan, self._checkpoint
+        start = self._journal.start or {}
+        layers = [(item, self._hashes(layer_key(item.layer))) for item in plan.experts]
+        return Manifest(
+            model_type=plan.model_type,
+            source={"name": self._src.resolve().name, "kind": checkpoint.kind, "shards": start["shards"]},
+            quantization_note=plan.note,
+            lossless=plan.lossless,
+            tensors=tensor_records(self._resident, plan.resident, self._hashes(self._resident.key)),
+            expert_count=plan.experts[0].count if plan.experts else 0,
+            experts=[layer_record(item.layer, item.layout, hashes) for item, hashes in layers],
+            skipped=[
+                {"prefix": s.prefix, "tensors": s.tensors, "nbytes": s.nbytes} for s in checkpoint.skipped
+            ],
+            files=_copy_verbatim(self._src, self._dst),
+        )
+
+    def _hashes(self, key: str) -> list[str]:
+        return [digest for _, digest in self._journal.pieces(key)]
+
+
+def _layer_unit(item: ExpertsItem) -> Unit:
+    def record(expert: int) -> U8:
+        return encode_ffn(item.layout, item.parts(expert), item.gate_up, item.down)
+
+    return experts_unit(item.layer, item.count, item.layout, record)
+
+
+def _copy_verbatim(src: Path, dst: Path) -> dict[str, FileRecord]:
+    """Copy the small files that the source has."""
+    records = {}
+    for name in VERBATIM_FILES:
+        if (src / name).exists():
+            data = _read_small(src / name)
+            write_whole(dst / name, data)
+            records[name] = FileRecord(len(data), xxhash.xxh3_64_hexdigest(data))
+    return records
+
+
+def _is_same(checkpoint: Checkpoint, shard: str, fingerprint: str) -> bool:
+    header = read_header(checkpoint.path / shard)
+    return header == checkpoint.headers[shard] and checkpoint.fingerprint(shard) == fingerprint
+
+
+def _config_hash(src: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(_read_small(src / "config.json"))
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; make it readable and run again"
+        ) from error

@@ -1,0 +1,224 @@
+"""synth(): random weights in the exact shape of a real model, to measure speed without a download."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, TileCodec
+from flashmoe.bundle.manifest import FileRecord, Manifest
+from flashmoe.bundle.progress import Progress
+from flashmoe.bundle.writer import write_manifest, write_whole
+from flashmoe.convert.journal import Journal
+from flashmoe.convert.outline import Outline, Slot, make_outline
+from flashmoe.convert.synth_text import (
+    BYTE_IDS,
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    TOKENS,
+    tokenizer_json,
+)
+from flashmoe.convert.synth_weights import TilePool, router_tiles, vector_values
+from flashmoe.convert.units import Unit, experts_unit, layer_key, layer_record, resident_unit, tensor_records
+from flashmoe.convert.writing import UnitWriter, open_output
+from flashmoe.errors import BundleError, ConfigError
+from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.models.registry import find_family
+
+
+@dataclass(frozen=True)
+class SynthReport:
+    """What synth wrote: the bundle, its bytes, and how many layers it has."""
+
+    path: Path
+    nbytes: int
+    layers: int
+
+
+def synth(
+    config_json: Path | str,
+    dst: Path | str,
+    *,
+    layers: int | None = None,
+    bits: int = 4,
+    router_skew: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SynthReport:
+    """Write a bundle of random weights shaped by a real config.json; the same arguments give the same bytes.
+
+    ``layers`` keeps only that many leading layers; ``bits`` are those of routed experts (the rest has 4 bits,
+    gates 8).  ``router_skew`` S makes the r-th favourite expert of a layer be chosen about r**-S as often (0:
+    evenly).  The tokenizer knows single bytes only.  Raises ConfigError or BundleError, one line each.
+    """
+    config_json, dst = Path(config_json), Path(dst)
+    raw = _read_config(config_json)
+    if bits not in (2, 3, 4, 8):
+        raise ConfigError(f"--bits {bits} is not offered: choose 2, 3, 4 or 8")
+    if not 0 <= router_skew <= 4:
+        raise ConfigError(f"--router-skew {router_skew} is out of range: choose 0 (even) to 4 (nearly fixed)")
+    raw = raw if layers is None else _with_layers(raw, layers)
+    make_outline(raw, bits)  # every complaint about the config comes before dst is created
+    journal = open_output(dst)
+    try:
+        options = {"synth": raw, "bits": bits, "router_skew": router_skew, "seed": seed}
+        return _Synthesis(raw, dst, journal, options).run(config_json.name, progress)
+    finally:
+        journal.close()
+
+
+class _Synthesis:
+    def __init__(self, raw: dict[str, Any], dst: Path, journal: Journal, options: dict[str, Any]) -> None:
+        self._raw, self._dst, self._journal = raw, dst, journal
+        self._skew, self._seed = float(options["router_skew"]), int(options["seed"])
+        self._begin(options)
+        self._config = Qwen35Config.from_dict(raw)
+        self._outline: Outline = make_outline(raw, options["bits"])
+        self._pools: dict[tuple[TileCodec, float], TilePool] = {}
+
+    def run(self, source: str, progress: Progress | None) -> SynthReport:
+        outline = self._outline
+        resident = resident_unit(outline.resident, outline.tied, self._slot_bytes)
+        layers = [self._layer_unit(layer, outline.ffn) for layer in outline.expert_layers]
+        units = [resident, *layers]
+        total = sum(unit.nbytes for unit in units)
+        writer = UnitWriter(self._dst, self._journal, total, progress)
+        writer.check_space(sum(writer.left(unit) for unit in units), "free some, or ask for fewer --layers")
+        for unit in units:
+            if not writer.skip_complete(unit):
+                writer.write(unit)
+        write_manifest(self._dst, self._manifest(source, resident))
+        self._journal.remove()
+        return SynthReport(self._dst, total, self._config.num_hidden_layers)
+
+    def _begin(self, options: dict[str, Any]) -> None:
+        start = self._journal.start
+        if start is None:
+            self._journal.begin(options)
+        elif {key: start.get(key) for key in options} != options:
+            raise BundleError(
+                f"{self._dst} was begun with other options: repeat those to go on,"
+                " or delete it to start afresh"
+            )
+
+    def _slot_bytes(self, slot: Slot) -> Iterator[U8]:
+        if isinstance(slot.codec, FfnLayout):
+            yield self._record(slot.codec, self._where(slot.name))
+        elif not isinstance(slot.codec, TileCodec):
+            rng = np.random.default_rng(self._where(slot.name))
+            yield vector_values(slot.name, slot.shape, rng).astype("<f4").reshape(-1).view(np.uint8)
+        elif slot.name.endswith(".mlp.gate"):
+            config, rng = self._config, np.random.default_rng(self._where(slot.name))
+            yield router_tiles(slot.codec, slot.shape, config.num_experts_per_tok, self._skew, rng)
+        else:
+            yield from self._matrix(slot.name, slot.codec, slot.shape)
+
+    def _matrix(self, name: str, codec: TileCodec, shape: tuple[int, ...]) -> Iterator[U8]:
+        rows, cols = shape
+        row_tiles, groups, _ = codec.matrix_shape(rows, cols)
+        fan_in = 1.0 if name == "embed_tokens" else float(cols)
+        loud = 0
+        if name == ("embed_tokens" if self._outline.tied else "lm_head"):
+            # The tokenizer knows the first ids only: sixteen times the logits, so that text appears.
+            loud = min(row_tiles, BYTE_IDS // TILE_ROWS)
+            yield from self._pool(codec, fan_in / 256).tiles(loud * groups, self._where(name))
+        yield from self._pool(codec, fan_in).tiles((row_tiles - loud) * groups, self._where(name))
+
+    def _layer_unit(self, layer: int, layout: FfnLayout) -> Unit:
+        def record(expert: int) -> U8:
+            return self._record(layout, self._where(f"{layer}.{expert}"))
+
+        return experts_unit(layer, self._config.num_experts, layout, record)
+
+    def _record(self, layout: FfnLayout, where: int) -> U8:
+        """Tiles are interchangeable here, so gate and up need no interleaving."""
+        record = np.empty(layout.nbytes, np.uint8)
+        parts = (
+            (record[: layout.down_offset], layout.gate_up, layout.hidden),
+            (record[layout.down_offset :], layout.down, layout.intermediate),
+        )
+        for out, codec, fan_in in parts:
+            start = 0
+            for chunk in self._pool(codec, fan_in).tiles(len(out) // codec.tile_nbytes, where):
+                out[start : start + chunk.size] = chunk.reshape(-1)
+                start += chunk.size
+        return record
+
+    def _pool(self, codec: TileCodec, fan_in: float) -> TilePool:
+        key = codec, fan_in
+        if key not in self._pools:
+            self._pools[key] = TilePool(
+                codec, fan_in, np.random.default_rng(self._where(f"{codec.bits} {fan_in}"))
+            )
+        return self._pools[key]
+
+    def _where(self, name: str) -> int:
+        """A number that depends on nothing but the seed and the name."""
+        return xxhash.xxh3_64_intdigest(f"{self._seed} {name}".encode())
+
+    def _manifest(self, source: str, resident: Unit) -> Manifest:
+        outline, pieces = self._outline, self._journal.pieces
+        note = "random weights: for measuring speed, the text means nothing"
+        return Manifest(
+            model_type=find_family(self._raw).model_type,
+            source={"name": source, "kind": "synth", "seed": self._seed, "router_skew": self._skew},
+            quantization_note=note,
+            lossless=False,
+            tensors=tensor_records(resident, outline.resident, [h for _, h in pieces(resident.key)]),
+            expert_count=self._config.num_experts,
+            experts=[
+                layer_record(layer, outline.ffn, [h for _, h in pieces(layer_key(layer))])
+                for layer in outline.expert_layers
+            ],
+            files=self._write_text_files(),
+        )
+
+    def _write_text_files(self) -> dict[str, FileRecord]:
+        if self._config.vocab_size < len(TOKENS):
+            raise ConfigError(f"config.json: vocab_size is {self._config.vocab_size}, needs {len(TOKENS)}")
+        files = {
+            "config.json": json.dumps(self._raw, indent=2),
+            "generation_config.json": json.dumps(GENERATION_CONFIG, indent=2),
+            "tokenizer.json": tokenizer_json(),
+            "tokenizer_config.json": json.dumps(TOKENIZER_CONFIG, indent=2),
+            "chat_template.jinja": CHAT_TEMPLATE,
+        }
+        records = {}
+        for name, text in files.items():
+            data = text.encode()
+            write_whole(self._dst / name, data)
+            records[name] = FileRecord(len(data), xxhash.xxh3_64_hexdigest(data))
+        return records
+
+
+def _with_layers(raw: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config cut to its first ``layers`` layers."""
+    raw = copy.deepcopy(raw)
+    text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
+    have = text.get("num_hidden_layers")
+    if type(have) is not int or not 1 <= layers <= have:
+        raise ConfigError(
+            f"--layers {layers} is out of range: the model has {have} layers, choose 1 to {have}"
+        )
+    text["num_hidden_layers"] = layers
+    if isinstance(text.get("layer_types"), list):
+        text["layer_types"] = text["layer_types"][:layers]
+    return raw
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path} ({error}): give the config.json of a model") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is no JSON object: give the config.json of a model")
+    return raw

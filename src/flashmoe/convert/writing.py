@@ -1,0 +1,99 @@
+"""Writing a bundle's files one after another, each resumable: the journal remembers what is done."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from flashmoe.bundle.manifest import MANIFEST_FILE
+from flashmoe.bundle.progress import Progress
+from flashmoe.bundle.writer import PartialFile
+from flashmoe.convert.journal import JOURNAL_FILE, Journal, PieceRecord
+from flashmoe.convert.units import Unit
+from flashmoe.errors import BundleError
+from flashmoe.types import format_size
+
+# At most this much work is lost to a kill; syncing every record would halve the speed of a slow drive.
+_SYNC_NBYTES = 64 << 20
+_SPARE_NBYTES = 16 << 20  # manifest, journal and the file system's own needs
+
+
+def open_output(dst: Path) -> Journal:
+    """The journal of a new or unfinished bundle; raises BundleError when ``dst`` holds anything else."""
+    journal = dst / JOURNAL_FILE
+    if not journal.exists():
+        if (dst / MANIFEST_FILE).exists():
+            raise BundleError(f"{dst} is a bundle already: delete it or choose another output directory")
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise BundleError(f"{dst} exists and is no unfinished bundle: choose another output directory")
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"cannot create {dst} ({error.strerror}): choose another directory") from error
+    return Journal(journal)
+
+
+class UnitWriter:
+    """Writes units into ``dst``; ``total`` is the bytes of all of them, for the progress."""
+
+    def __init__(self, dst: Path, journal: Journal, total: int, progress: Progress | None) -> None:
+        self._dst, self._journal, self._total, self._progress = dst, journal, total, progress
+        self._done = 0
+
+    def left(self, unit: Unit) -> int:
+        """Bytes of a unit that are not durably written yet."""
+        return unit.nbytes - sum(nbytes for nbytes, _ in self._journal.pieces(unit.key))
+
+    def check_space(self, needed: int, remedy: str) -> None:
+        """Raise BundleError when the drive has less than ``needed`` bytes free, and a few to spare."""
+        needed += _SPARE_NBYTES
+        free = shutil.disk_usage(self._dst).free
+        if free < needed:
+            raise BundleError(
+                f"{self._dst} needs {format_size(needed)} more, the drive has"
+                f" {format_size(free)} free: {remedy}"
+            )
+
+    def skip_complete(self, unit: Unit) -> bool:
+        """True (and counted as done) when the unit's file is there, whole, under its final name."""
+        path = self._dst / unit.file
+        whole = len(self._journal.pieces(unit.key)) == unit.count
+        if whole and path.exists() and path.stat().st_size == unit.nbytes:
+            self._advance(unit.nbytes)
+            return True
+        return False
+
+    def write(self, unit: Unit) -> None:
+        """Write the unit's file, going on behind the pieces that an earlier run left."""
+        with PartialFile(self._dst / unit.file) as file:
+            kept = file.keep(self._journal.pieces(unit.key))
+            self._journal.keep(unit.key, kept)
+            self._advance(file.offset)
+            pending: list[PieceRecord] = []
+            for index in range(kept, unit.count):
+                pending.append(self._write_piece(file, unit, index))
+                if file.unsynced >= _SYNC_NBYTES:
+                    file.sync()
+                    self._journal.add(unit.key, pending)
+                    pending = []
+            file.sync()
+            self._journal.add(unit.key, pending)
+            file.finish()
+
+    def _write_piece(self, file: PartialFile, unit: Unit, index: int) -> PieceRecord:
+        piece, start = unit.piece(index), file.offset
+        digest = xxhash.xxh3_64()
+        for chunk in piece.make():
+            file.write(chunk)
+            digest.update(chunk.reshape(-1).data)
+            self._advance(chunk.nbytes)
+        written = file.offset - start
+        assert written == piece.nbytes, f"{unit.file}: {piece.name} has {written} bytes, not {piece.nbytes}"
+        return piece.nbytes, digest.hexdigest()
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)

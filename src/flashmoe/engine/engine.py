@@ -1,0 +1,205 @@
+"""The engine: an opened bundle, one sequence, and token ids in and out.
+
+What the outside may rely on is this class; text, templates and servers are built on top of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from flashmoe import env
+from flashmoe.bundle.reader import Bundle
+from flashmoe.engine import loading
+from flashmoe.engine.bound import decode_bound
+from flashmoe.engine.memory import MemoryPlan
+from flashmoe.engine.params import SamplingParams
+from flashmoe.engine.sampler import Sampler
+from flashmoe.errors import PromptError
+from flashmoe.nn.weights import F32
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a bundle.
+
+    memory_bytes: ceiling of the whole process, None for most of what is free.
+    context: longest sequence in tokens, None for the model's own or 8,192, whichever is shorter.
+    experts_per_token: fewer (or more) than the model's own changes its output; None keeps it exact.
+    activations: "int8" (fast) or "f32" (accuracy oracle: also keeps the KV cache in float32).
+    io: "auto", "direct" or "buffered".
+    prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
+    """
+
+    memory_bytes: int | None = None
+    context: int | None = None
+    threads: int | None = None
+    experts_per_token: int | None = None
+    activations: str = "int8"
+    io: str = "auto"
+    prefill_chunk: int | None = None
+    expert_slots: int | None = None
+    verify_reads: bool = False
+
+
+@dataclass
+class _Timing:
+    """Token counts and seconds of the last request, and the store's counters before it."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+
+
+class Engine:
+    """One model, one sequence at a time.  Not thread-safe.
+
+    A context manager; close() frees the threads and the memory.
+    """
+
+    def __init__(self, parts: loading.Parts, options: EngineOptions) -> None:
+        self._parts, self._options = parts, options
+        self.bundle: Bundle = parts.bundle
+        self.plan: MemoryPlan = parts.plan
+        self.finish_reason: str | None = None
+        self._closed = False
+        self._timing = _Timing()
+        self._prompt_store = self._decode_store = parts.cache.stats()
+
+    @classmethod
+    def open(cls, path: Path | str, options: EngineOptions | None = None) -> Self:
+        """Load a bundle.
+
+        Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
+        """
+        options = options or EngineOptions()
+        return cls(loading.load(Path(path), options), options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the I/O threads and close the files; memory goes with the object.  Harmless when repeated."""
+        if not self._closed:
+            self._closed = True
+            self._parts.reader.close()
+
+    def start(self) -> None:
+        """Begin a new, empty sequence."""
+        self._parts.state.clear()
+
+    def feed(self, ids: list[int], logits_of: str = "all") -> F32:
+        """Append tokens to the sequence; logits [rows, vocab] float32 of "all", the "last" or "none" of them.
+
+        Raises PromptError when an id is not in the vocabulary or the context is full, ReadError when an expert
+        cannot be read; after either, start() again.
+        """
+        self._check(ids)
+        chunk = self.plan.prefill_chunk
+        rows = []
+        for begin in range(0, len(ids), chunk):
+            part = np.array(ids[begin : begin + chunk], np.int32)
+            wanted = logits_of if logits_of == "all" or begin + chunk >= len(ids) else "none"
+            logits = self._parts.model.forward(part, self._parts.state, self._parts.experts, wanted)
+            if wanted != "none":
+                rows.append(logits.copy() if logits_of == "all" else logits)
+        return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def logits(self, ids: list[int]) -> F32:
+        """Logits [tokens, vocab] float32 of every position of a fresh sequence."""
+        self.start()
+        return self.feed(ids)
+
+    def generate_ids(self, prompt: list[int], params: SamplingParams, stop_ids: set[int]) -> Iterator[int]:
+        """New token ids one by one; a stop token ends the sequence and is not yielded.
+
+        Afterwards finish_reason is "stop" or "length".  Raises what feed() raises.
+        """
+        if not prompt:
+            raise PromptError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.plan.context:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.plan.context}: "
+                "shorten it or raise --context"
+            )
+        self.start()
+        self.finish_reason = None
+        timing = self._timing = _Timing(prompt_tokens=len(prompt))
+        self._prompt_store = self._parts.cache.stats()
+        began = time.perf_counter()
+        logits = self.feed(prompt, "last")
+        timing.prompt_seconds = time.perf_counter() - began
+        self._decode_store = self._parts.cache.stats()
+        yield from self._continue(logits, prompt, params, stop_ids)
+
+    def stats(self) -> dict[str, Any]:
+        """Speeds, bound, hit rate, bytes and memory of the last request (see README for each)."""
+        timing, now = self._timing, self._parts.cache.stats()
+        reads = now.since(self._prompt_store)
+        decode = now.since(self._decode_store)
+        steps = max(timing.new_tokens - 1, 0)
+        return {
+            "prompt_tokens": timing.prompt_tokens,
+            "completion_tokens": timing.new_tokens,
+            "prefill_tok_s": _rate(timing.prompt_tokens, timing.prompt_seconds),
+            "decode_tok_s": _rate(steps, timing.new_seconds),
+            "bound_tok_s": decode_bound(self._parts, decode.bytes_read / steps) if steps else None,
+            "hit_rate": reads.hit_rate,
+            "decode_hit_rate": decode.hit_rate,
+            "bytes_read": reads.bytes_read,
+            "stall_seconds": reads.stall_seconds,
+            "peak_memory_bytes": env.peak_memory(),
+            "budget_bytes": self.plan.budget_nbytes,
+            "expert_slots": self.plan.slots,
+            "experts": self.plan.experts,
+            "io": self._parts.reader.mode,
+        }
+
+    def _continue(
+        self, logits: F32, prompt: list[int], params: SamplingParams, stop_ids: set[int]
+    ) -> Iterator[int]:
+        sampler = Sampler(params, prompt)
+        timing = self._timing
+        room = self.plan.context - len(prompt)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        stops = stop_ids | set(params.stop_token_ids)
+        for produced in range(limit):
+            token = sampler.sample(logits[-1])
+            timing.new_tokens += 1
+            if token in stops:
+                self.finish_reason = "stop"
+                return
+            yield token
+            if produced + 1 < limit:
+                began = time.perf_counter()
+                logits = self.feed([token], "last")
+                timing.new_seconds += time.perf_counter() - began
+        self.finish_reason = "length"
+
+    def _check(self, ids: list[int]) -> None:
+        if not ids:
+            raise PromptError("no tokens to process: give at least one")
+        vocab = self._parts.model.config.vocab_size
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise PromptError(f"a token id is outside the vocabulary of {vocab}: use the bundle's own tokenizer")
+        used = self._parts.state.position
+        if used + len(ids) > self.plan.context:
+            raise PromptError(
+                f"{used + len(ids)} tokens do not fit the context of {self.plan.context}: raise --context"
+            )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count and seconds > 0 else None

@@ -1,0 +1,116 @@
+"""Where store and kernels meet: running a layer's experts while the missing ones are still being read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flashmoe.bundle.codecs import FfnLayout
+from flashmoe.kernels.cpu import CpuOps, FfnWeights
+from flashmoe.nn.weights import F32, I32
+from flashmoe.store.cache import ExpertCache
+from flashmoe.store.slots import SlotArena
+
+
+class StreamedExperts:
+    """Implements nn.moe.Experts over an expert cache.  Not thread-safe.
+
+    One token: hits and the shared expert compute while misses load; results are kept apart and summed at the
+    end.  Several tokens: each needed expert is visited once, in file order, and serves all its tokens.  Both sum
+    shared expert first, then ascending expert number, with one fused multiply-add each: the same bits.
+    """
+
+    def __init__(self, ops: CpuOps, cache: ExpertCache, arena: SlotArena, layouts: dict[int, FfnLayout]) -> None:
+        self._ops, self._cache = ops, cache
+        self._base, self._stride = arena.address, arena.record_nbytes
+        self._layouts = {layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()}
+        self._inputs = {group: ops.token_input() for group in (32, 64)}
+        self._rows = np.arange(1, dtype=np.int32)
+        self._y: F32 = np.empty((0, 0), np.float32)
+
+    def run(self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32) -> None:
+        """See nn.moe.Experts."""
+        layout, group = self._layouts[layer]
+        for needed in {group, shared.group}:
+            self._ops.prepare(self._inputs[needed], x, needed)
+        if x.shape[0] == 1:
+            self._one_token(layer, layout, group, chosen, weights, shared, shared_weights, out)
+        else:
+            self._many_tokens(layer, layout, group, chosen, weights, shared, shared_weights, out)
+
+    def _one_token(
+        self,
+        layer: int,
+        layout: Any,
+        group: int,
+        chosen: I32,
+        weights: F32,
+        shared: FfnWeights,
+        shared_weights: F32,
+        out: F32,
+    ) -> None:
+        ops, k = self._ops, chosen.shape[1]
+        if self._y.shape != (k + 1, out.shape[1]):
+            self._y = np.empty((k + 1, out.shape[1]), np.float32)
+            self._rows = np.arange(k + 1, dtype=np.int32)
+            self._zeros = np.zeros(k + 1, np.int32)
+            self._factors = np.empty(k + 1, np.float32)
+        order = chosen[0].argsort()
+        experts = chosen[0][order].tolist()
+        with self._cache.request(layer, experts) as request:
+            token, row = self._zeros[:1], self._rows[:1]
+            ops.expert_ffn(self._inputs[shared.group], shared.layout, [shared.address], [0, 1], token, row, self._y)
+            self._run_ready(layout, group, experts, request.hits)
+            while ready := request.next_ready():
+                self._run_ready(layout, group, experts, ready)
+        self._factors[0] = shared_weights[0]
+        self._factors[1:] = weights[0][order]
+        out.fill(0)
+        ops.combine(self._y, self._zeros, self._factors, out)
+
+    def _run_ready(self, layout: Any, group: int, experts: list[int], ready: list[tuple[int, int]]) -> None:
+        n = len(ready)
+        if n == 0:
+            return
+        addresses = [self._base + slot * self._stride for _, slot in ready]
+        rows = np.array([1 + experts.index(expert) for expert, _ in ready], np.int32)
+        offsets = list(range(n + 1))
+        self._ops.expert_ffn(self._inputs[group], layout, addresses, offsets, self._zeros[:n], rows, self._y)
+
+    def _many_tokens(
+        self,
+        layer: int,
+        layout: Any,
+        group: int,
+        chosen: I32,
+        weights: F32,
+        shared: FfnWeights,
+        shared_weights: F32,
+        out: F32,
+    ) -> None:
+        ops, (count, k) = self._ops, chosen.shape
+        everyone = np.arange(count, dtype=np.int32)
+        out.fill(0)
+        ops.expert_ffn(
+            self._inputs[shared.group],
+            shared.layout,
+            [shared.address],
+            [0, count],
+            everyone,
+            everyone,
+            out,
+            shared_weights,
+        )
+        pairs = chosen.ravel().argsort(kind="stable")
+        tokens = (pairs // k).astype(np.int32)
+        factors = weights.ravel()[pairs]
+        experts, starts = np.unique(chosen.ravel()[pairs], return_index=True)
+        bounds = dict(zip(experts.tolist(), zip(starts.tolist(), [*starts[1:].tolist(), count * k]), strict=True))
+        for expert, slot in self._cache.stream(layer, experts.tolist()):
+            begin, end = bounds[expert]
+            mine = tokens[begin:end]
+            address = self._base + slot * self._stride
+            ops.expert_ffn(
+                self._inputs[group], layout, [address], [0, end - begin], mine, mine, out, factors[begin:end]
+            )

@@ -1,0 +1,150 @@
+"""From a bundle directory to the parts of a running engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from flashmoe import env
+from flashmoe.bundle.codecs import U8
+from flashmoe.bundle.reader import Bundle
+from flashmoe.engine import memory
+from flashmoe.engine.bound import measure_drive
+from flashmoe.engine.embedding import make_embedding, streamed_nbytes
+from flashmoe.engine.experts import StreamedExperts
+from flashmoe.engine.resident import ResidentWeights, resident_range
+from flashmoe.errors import ConfigError
+from flashmoe.kernels.cpu import CpuOps
+from flashmoe.models import qwen3_5_moe as qwen
+from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.store.cache import ExpertCache
+from flashmoe.store.policies import LayeredLru
+from flashmoe.store.reader import NativeReader
+from flashmoe.store.slots import SlotArena
+
+if TYPE_CHECKING:
+    from flashmoe.engine.engine import EngineOptions
+
+# A context nobody asked for should not take memory from the experts: 8,192 tokens of the 35B are 160 MiB.
+DEFAULT_CONTEXT = 8192
+QUEUE_DEPTH = 8
+_IO_MODES = {"auto": "auto", "direct": "on", "buffered": "off"}
+_MODEL_TYPES = ("qwen3_5_moe", "qwen3_next")
+
+
+@dataclass
+class Parts:
+    """What an engine is made of."""
+
+    bundle: Bundle
+    plan: memory.MemoryPlan
+    ops: CpuOps
+    reader: NativeReader
+    weights: ResidentWeights
+    cache: ExpertCache
+    experts: StreamedExperts
+    model: qwen.Qwen35Moe
+    state: qwen.SequenceState
+    drive_bandwidth: float
+    token_nbytes: int  # memory that one decoded token must read
+    memory_bandwidth: float | None = None
+
+
+def load(path: Path, options: EngineOptions) -> Parts:
+    """Open, plan, read the resident weights, build the model.  Raises only FlashmoeError subclasses."""
+    bundle = Bundle.open(path)
+    config = _config(bundle, options)
+    context = _context(config, options)
+    kv_dtype: DTypeLike = np.float32 if options.activations == "f32" else np.float16
+    per_token = options.experts_per_token or config.num_experts_per_tok
+    ops = CpuOps(options.threads or env.cpu_count(), options.activations)
+    demand = _demand(bundle, config, context, kv_dtype, per_token)
+    plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
+    files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
+    reader = NativeReader(files, direct=_IO_MODES[options.io], queue_depth=QUEUE_DEPTH)
+    arena = SlotArena(plan.slots, plan.record_nbytes)
+    layers = bundle.expert_layers
+    drive = measure_drive(reader, arena, [(i + 1, layer.count) for i, layer in enumerate(layers)])
+    weights = ResidentWeights(bundle, ops, reader, 0)
+    cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
+    embed = make_embedding(bundle, weights, ops, reader, 0)
+    model = qwen.Qwen35Moe(
+        config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
+    )
+    experts = StreamedExperts(ops, cache, arena, {layer.layer: layer.ffn for layer in layers})
+    token_nbytes = _token_nbytes(bundle, per_token) + _state_traffic(config, kv_dtype)
+    state = model.new_state(kv_dtype)
+    return Parts(bundle, plan, ops, reader, weights, cache, experts, model, state, drive, token_nbytes)
+
+
+def _config(bundle: Bundle, options: EngineOptions) -> Qwen35Config:
+    if bundle.model_type not in _MODEL_TYPES:
+        raise ConfigError(
+            f"{bundle.path}: model type {bundle.model_type!r} is unknown; this version runs {', '.join(_MODEL_TYPES)}"
+        )
+    if options.io not in _IO_MODES:
+        raise ConfigError(f"unknown --io {options.io!r}: choose auto, direct or buffered")
+    for name in ("context", "threads", "experts_per_token", "prefill_chunk", "expert_slots"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    config = Qwen35Config.from_dict(bundle.config)
+    if options.experts_per_token is not None and options.experts_per_token > config.num_experts:
+        raise ConfigError(f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts")
+    return config
+
+
+def _context(config: Qwen35Config, options: EngineOptions) -> int:
+    most = config.max_position_embeddings
+    if options.context is not None and options.context > most:
+        raise ConfigError(f"--context {options.context} is longer than the model's {most} positions")
+    return options.context or min(most, DEFAULT_CONTEXT)
+
+
+def _demand(
+    bundle: Bundle, config: Qwen35Config, context: int, kv_dtype: DTypeLike, per_token: int
+) -> memory.Demand:
+    first, end = resident_range(bundle)
+    layers = bundle.expert_layers
+    return memory.Demand(
+        resident_nbytes=end - first + streamed_nbytes(bundle),
+        state_nbytes=qwen.state_nbytes(config, context, kv_dtype),
+        workspace_nbytes=lambda tokens: qwen.workspace_nbytes(config, tokens),
+        record_nbytes=max((layer.record_nbytes for layer in layers), default=0),
+        experts=sum(layer.count for layer in layers),
+        min_slots=ExpertCache.min_slots(per_token) if layers else 0,
+        context=context,
+    )
+
+
+def _cache(
+    bundle: Bundle, reader: NativeReader, arena: SlotArena, per_token: int, verify: bool
+) -> ExpertCache:
+    layers = bundle.expert_layers
+    files: dict[int, tuple[int, int]] = {layer.layer: (i + 1, layer.record_nbytes) for i, layer in enumerate(layers)}
+    checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
+    policy = LayeredLru()
+    return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
+
+
+def _token_nbytes(bundle: Bundle, per_token: int) -> int:
+    """Bytes of weights that one decoded token reads: all resident ones and its experts."""
+    resident = sum(
+        info.nbytes
+        for info in map(bundle.tensor, bundle.tensor_names())
+        if info.name != "embed_tokens" or "lm_head" not in bundle
+    )
+    routed: U8 | int = sum(per_token * layer.ffn.nbytes for layer in bundle.expert_layers)
+    return resident + int(routed)
+
+
+def _state_traffic(config: Qwen35Config, kv_dtype: DTypeLike) -> int:
+    """Recurrent state is read and written once a token; the KV cache of a short context is neglected."""
+    return 2 * sum(
+        qwen.DeltaNetState.nbytes_of(qwen.delta_net_shape(config)) for i in range(config.num_hidden_layers)
+        if config.is_linear(i)
+    )

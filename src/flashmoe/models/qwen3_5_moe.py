@@ -1,0 +1,200 @@
+"""Qwen3.5-MoE (text): hybrid of Gated DeltaNet and gated attention, every layer with experts.  Also runs Qwen3-Next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.nn.attention import AttentionShape, GatedAttention, KeyValueCache, RotaryTable
+from flashmoe.nn.delta_net import DeltaNetShape, DeltaNetState, GatedDeltaNet
+from flashmoe.nn.moe import DenseMlp, Experts, MoeShape, SparseMoe
+from flashmoe.nn.weights import F32, I32, Weights
+from flashmoe.nn.workspace import Workspace
+
+LayerState = DeltaNetState | KeyValueCache
+
+
+class SequenceState:
+    """All that one sequence carries: its length and every layer's cache or recurrent state."""
+
+    def __init__(self, layers: list[LayerState]) -> None:
+        self.layers = layers
+        self.position = 0
+
+    def clear(self) -> None:
+        """Start a new sequence in the same memory."""
+        self.position = 0
+        for layer in self.layers:
+            layer.clear()
+
+
+class Qwen35Moe:
+    """The decoder.  `embed` turns token ids [tokens] int32 into hidden rows: `embed(ids, out)`.
+
+    Not thread-safe; one call at a time.
+    """
+
+    def __init__(
+        self,
+        config: Qwen35Config,
+        weights: Weights,
+        ops: Any,
+        *,
+        embed: Callable[[I32, F32], None],
+        context: int,
+        experts_per_token: int | None = None,
+    ) -> None:
+        self.config, self._ops, self._embed = config, ops, embed
+        self.context = context
+        self._work = Workspace()
+        rotary = RotaryTable(context, rotated_dims(config), config.rope_theta)
+        per_token = experts_per_token or config.num_experts_per_tok
+        self._mixers: list[GatedDeltaNet | GatedAttention] = []
+        self._ffns: list[SparseMoe | DenseMlp] = []
+        self._norms: list[tuple[F32, F32]] = []
+        for i, kind in enumerate(config.layer_types):
+            prefix = f"layers.{i}."
+            if kind == "linear_attention":
+                shape = delta_net_shape(config)
+                self._mixers.append(GatedDeltaNet(weights, prefix + "linear_attn.", shape, ops))
+            else:
+                self._mixers.append(
+                    GatedAttention(weights, prefix + "self_attn.", attention_shape(config), rotary, ops)
+                )
+            self._ffns.append(_ffn(config, weights, i, per_token, ops))
+            names = ("input_layernorm", "post_attention_layernorm")
+            first, second = (weights.vector(prefix + name, config.hidden_size) for name in names)
+            self._norms.append((first, second))
+        self._final_norm = weights.vector("norm", config.hidden_size)
+        head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self._head = [weights.matrix(head, config.vocab_size, config.hidden_size)]
+
+    def new_state(self, kv_dtype: DTypeLike) -> SequenceState:
+        """An empty sequence of at most `context` tokens."""
+        config = self.config
+        layers: list[LayerState] = []
+        for kind in config.layer_types:
+            if kind == "linear_attention":
+                layers.append(DeltaNetState.zeros(delta_net_shape(config)))
+            else:
+                layers.append(KeyValueCache(attention_shape(config), self.context, kv_dtype))
+        return SequenceState(layers)
+
+    def forward(self, ids: I32, state: SequenceState, experts: Experts, logits_of: str = "last") -> F32:
+        """Append tokens to the sequence; logits [rows, vocab] of "all" positions, of the "last" or of "none".
+
+        The array is reused by the next call.  When a read fails the state is left half advanced: clear it.
+        """
+        ops, work, eps, tokens = self._ops, self._work, self.config.rms_norm_eps, len(ids)
+        x = work.get("x", (tokens, self.config.hidden_size))
+        h = work.get("h", x.shape)
+        delta = work.get("delta", x.shape)
+        self._embed(ids, x)
+        for i, mixer in enumerate(self._mixers):
+            first, second = self._norms[i]
+            if i == 0:
+                ops.rms_norm(x, first, eps, h)
+            else:
+                ops.add_rms_norm(x, delta, first, eps, h)
+            layer = state.layers[i]
+            if isinstance(mixer, GatedDeltaNet):
+                assert isinstance(layer, DeltaNetState)
+                mixer(h, layer, work, delta)
+            else:
+                assert isinstance(layer, KeyValueCache)
+                mixer(h, layer, state.position, work, delta)
+            ops.add_rms_norm(x, delta, second, eps, h)
+            self._ffns[i](h, experts, work, delta)
+        ops.add_rms_norm(x, delta, self._final_norm, eps, h)
+        state.position += tokens
+        return self._logits(h, logits_of)
+
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch arrays held now."""
+        return self._work.nbytes
+
+    def _logits(self, h: F32, logits_of: str) -> F32:
+        if logits_of == "none":
+            return np.empty((0, self.config.vocab_size), np.float32)
+        rows = h if logits_of == "all" else h[-1:]
+        logits: F32 = self._work.get("logits", (rows.shape[0], self.config.vocab_size))
+        self._ops.linear(rows, self._head, [logits])
+        return logits
+
+
+def rotated_dims(config: Qwen35Config) -> int:
+    """Dimensions of each head that carry positions."""
+    return int(config.head_dim * config.partial_rotary_factor)
+
+
+def attention_shape(config: Qwen35Config) -> AttentionShape:
+    """Sizes of every full-attention layer."""
+    return AttentionShape(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rms_norm_eps,
+    )
+
+
+def delta_net_shape(config: Qwen35Config) -> DeltaNetShape:
+    """Sizes of every linear-attention layer."""
+    return DeltaNetShape(
+        config.hidden_size,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
+        config.rms_norm_eps,
+    )
+
+
+def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike) -> int:
+    """Bytes of one sequence's state when its context is full, rotary tables included."""
+    total = RotaryTable.nbytes_of(context, rotated_dims(config))
+    for kind in config.layer_types:
+        if kind == "linear_attention":
+            total += DeltaNetState.nbytes_of(delta_net_shape(config))
+        else:
+            total += KeyValueCache.nbytes_of(attention_shape(config), context, kv_dtype)
+    return total
+
+
+def workspace_nbytes(config: Qwen35Config, tokens: int, all_logits: bool = False) -> int:
+    """Upper bound of the scratch memory of a call with `tokens` tokens, kernels' own scratch included."""
+    delta, attention = delta_net_shape(config), attention_shape(config)
+    width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    per_token = 3 * config.hidden_size
+    per_token += max(delta.channels, width) + delta.channels + delta.values + 2 * delta.value_heads
+    per_token += 3 * width + 2 * kv_width
+    per_token += config.num_experts + 3 * config.num_experts_per_tok + 2
+    # Kernels: quantised inputs (1.25 bytes a value), an expert's hidden rows for the busiest case of one
+    # expert serving every token, and the recurrence's normalised keys and queries.
+    widest = max(config.hidden_size, width, delta.values, config.shared_expert_intermediate_size)
+    hidden_rows = max(config.moe_intermediate_size, config.shared_expert_intermediate_size)
+    per_token += 2 * widest + 2 * hidden_rows + 2 * delta.value_heads * (delta.key_dim + 4)
+    logits = config.vocab_size * (tokens if all_logits else 1)
+    return 4 * (per_token * tokens + logits)
+
+
+def _ffn(
+    config: Qwen35Config, weights: Weights, layer: int, per_token: int, ops: Any
+) -> SparseMoe | DenseMlp:
+    prefix = f"layers.{layer}.mlp."
+    if layer in config.dense_layers:
+        assert config.intermediate_size is not None  # the configuration's own check
+        return DenseMlp(weights, prefix, config.hidden_size, config.intermediate_size, ops)
+    shape = MoeShape(
+        config.hidden_size,
+        config.num_experts,
+        per_token,
+        config.moe_intermediate_size,
+        config.shared_expert_intermediate_size,
+    )
+    return SparseMoe(weights, prefix, layer, shape, ops)

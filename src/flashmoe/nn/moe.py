@@ -1,0 +1,73 @@
+"""Sparse mixture of experts with a gated shared expert (Qwen3.5; Shazeer et al., arXiv 1701.06538)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashmoe.nn.weights import F32, I32, Weights
+from flashmoe.nn.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """Sizes of one layer."""
+
+    hidden: int
+    experts: int
+    experts_per_token: int
+    intermediate: int
+    shared_intermediate: int
+
+
+class Experts(Protocol):
+    """Whoever holds the routed experts: in memory, on a drive, on another device."""
+
+    def run(self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32) -> None:
+        """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]).
+
+        x, out: [tokens, hidden]; chosen, weights: [tokens, k]; shared_weights: [tokens].  The sum runs over the
+        shared expert first and then over ascending expert numbers, whatever is in memory, so that the result
+        never depends on it.  Raises ReadError when an expert cannot be read.
+        """
+
+
+class SparseMoe:
+    """One layer's router and experts."""
+
+    def __init__(self, weights: Weights, prefix: str, layer: int, shape: MoeShape, ops: Any) -> None:
+        self._layer, self._shape, self._ops = layer, shape, ops
+        self._gates = [
+            weights.matrix(prefix + "gate", shape.experts, shape.hidden),
+            weights.matrix(prefix + "shared_expert_gate", 1, shape.hidden),
+        ]
+        self._shared = weights.ffn(prefix + "shared_expert", shape.hidden, shape.shared_intermediate)
+
+    def __call__(self, x: F32, experts: Experts, work: Workspace, out: F32) -> None:
+        """x, out: [tokens, hidden]."""
+        shape, ops, tokens = self._shape, self._ops, x.shape[0]
+        logits = work.get("router", (tokens, shape.experts))
+        shared_weights = work.get("shared_weights", (tokens,))
+        ops.linear(x, self._gates, [logits, shared_weights])
+        ops.sigmoid(shared_weights, shared_weights)
+        chosen = work.get("chosen", (tokens, shape.experts_per_token), np.int32)
+        weights = work.get("weights", (tokens, shape.experts_per_token))
+        ops.route(logits, shape.experts_per_token, chosen, weights)
+        experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out)
+
+
+class DenseMlp:
+    """A layer without experts: one feed-forward block for every token."""
+
+    def __init__(self, weights: Weights, prefix: str, hidden: int, intermediate: int, ops: Any) -> None:
+        self._record = weights.ffn(prefix + "dense", hidden, intermediate)
+        self._ops, self._input = ops, ops.token_input()
+
+    def __call__(self, x: F32, experts: Experts, work: Workspace, out: F32) -> None:
+        """x, out: [tokens, hidden]; `experts` is unused."""
+        tokens, record = x.shape[0], self._record
+        rows = np.arange(tokens, dtype=np.int32)
+        self._ops.prepare(self._input, x, record.group)
+        self._ops.expert_ffn(self._input, record.layout, [record.address], [0, tokens], rows, rows, out)

@@ -1,0 +1,244 @@
+"""The expert cache: experts asked for by a step come from slots, or are read into them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import xxhash
+
+from flashmoe.errors import BudgetError, ReadError
+from flashmoe.store.policies.base import Policy
+from flashmoe.store.reader import ExpertReader
+from flashmoe.store.slots import SlotArena
+from flashmoe.store.stats import CacheStats
+
+Ready = list[tuple[int, int]]  # (expert, slot)
+
+_MAX_READ_AHEAD = 8  # records in flight while streaming: the reader's queue depth
+
+
+class ExpertCache:
+    """Experts of all layers in one pool of slots.
+
+    Used by one thread; the reader's threads write only into slots of reads in flight.  A slot's content stays valid
+    until the request (or the step of the stream) that returned it ends.  After a ReadError the cache is consistent:
+    the failed experts are simply not resident.
+    """
+
+    def __init__(
+        self,
+        reader: ExpertReader,
+        arena: SlotArena,
+        policy: Policy,
+        layers: Mapping[int, tuple[int, int]],
+        *,
+        experts_per_token: int,
+        checksums: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
+        """layers: layer -> (file index, bytes of a record); checksums: xxh3 (hex) of each layer's records.
+
+        With checksums every record is verified after its read.  Raises BudgetError when the pool is too small.
+        """
+        if layers and arena.count < self.min_slots(experts_per_token):
+            needed = self.min_slots(experts_per_token)
+            raise BudgetError(f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory")
+        self._reader, self._arena, self._policy = reader, arena, policy
+        self._layers, self._checksums = dict(layers), checksums
+        self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
+        self._staging: list[int] = []
+        self._hits = self._misses = self._nbytes = 0
+        self._stall = 0.0
+
+    @staticmethod
+    def min_slots(experts_per_token: int) -> int:
+        """The smallest pool: one step's experts of one layer, and two to stream a prompt."""
+        return max(2, experts_per_token)
+
+    def request(self, layer: int, experts: Sequence[int]) -> Request:
+        """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
+        self._return_staging()
+        resident = self._resident[layer]
+        hits = [(expert, resident[expert]) for expert in experts if expert in resident]
+        self._policy.touch(layer, experts)
+        self._hits += len(hits)
+        if len(hits) == len(experts):
+            return Request(self, layer, hits, {})
+        keep = set(experts)
+        missing = {}
+        for expert in experts:
+            if expert not in resident:
+                slot = self._take(layer, keep)
+                if slot is None:
+                    raise BudgetError(f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory")
+                missing[slot] = expert
+                self._submit(layer, expert, slot)
+        self._misses += len(missing)
+        return Request(self, layer, hits, missing)
+
+    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(expert, slot) of each expert (ascending, distinct), read ahead; the slot is valid for one step.
+
+        Experts that are not resident pass through a few staging slots and do not displace what decoding has
+        gathered; only slots that are free anyway keep them.  Raises ReadError.
+        """
+        self._fill_staging(layer, experts)
+        queue: deque[tuple[int, int]] = deque()
+        landing: dict[int, int] = {}  # slot -> expert, submitted and not yet landed
+        staged: set[int] = set()
+        waiting = deque(experts)
+        try:
+            while waiting or queue:
+                self._read_ahead(layer, waiting, queue, landing, staged)
+                expert, slot = queue[0]
+                while slot in landing:
+                    self._land(layer, landing, keep_resident=staged)
+                yield queue.popleft()
+                if slot in staged:
+                    staged.discard(slot)
+                    self._staging.append(slot)
+        finally:
+            self._drain(landing, staged)
+            self._staging += staged
+
+    def stats(self) -> CacheStats:
+        """Counters so far."""
+        return CacheStats(self._hits, self._misses, self._nbytes, self._stall)
+
+    def resident(self, layer: int) -> dict[int, int]:
+        """expert -> slot of what is in memory now (a copy)."""
+        return dict(self._resident[layer])
+
+    def _read_ahead(
+        self,
+        layer: int,
+        waiting: deque[int],
+        queue: deque[tuple[int, int]],
+        landing: dict[int, int],
+        staged: set[int],
+    ) -> None:
+        """Queue experts in order: resident ones freely, others while a slot for them is free."""
+        resident = self._resident[layer]
+        while waiting and len(queue) < 2 * _MAX_READ_AHEAD:
+            expert = waiting[0]
+            slot = resident.get(expert)
+            if slot is not None:
+                self._hits += 1
+            else:
+                slot = self._arena.take()
+                if slot is None:
+                    if not self._staging:
+                        return
+                    slot = self._staging.pop()
+                    staged.add(slot)
+                landing[slot] = expert
+                self._submit(layer, expert, slot)
+                self._misses += 1
+            queue.append((expert, slot))
+            waiting.popleft()
+
+    def _land(self, layer: int, landing: dict[int, int], keep_resident: set[int]) -> Ready:
+        """Wait for reads; landed experts become resident unless their slot is in `keep_resident` (staging).
+
+        Raises ReadError after all reads of `landing` have ended and their slots are free again.
+        """
+        began = time.perf_counter()
+        completions = self._reader.wait()
+        self._stall += time.perf_counter() - began
+        ready, failed = [], ""
+        for slot, error in completions:
+            expert = landing.pop(slot)
+            error = error or self._damage(layer, expert, slot)
+            if error:
+                failed = failed or f"layer {layer}, expert {expert}: cannot read {error}"
+                if slot not in keep_resident:
+                    self._arena.give_back(slot)
+                continue
+            ready.append((expert, slot))
+            if slot not in keep_resident:
+                self._resident[layer][expert] = slot
+                self._policy.insert(layer, expert)
+        if failed:
+            self._drain(landing, keep_resident)
+            raise ReadError(failed + ": run `flashmoe verify` on the bundle")
+        return ready
+
+    def _drain(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
+        """Wait until nothing of `landing` is in flight; its slots become free (staging ones stay where they are)."""
+        while landing:
+            for slot, _ in self._reader.wait():
+                if landing.pop(slot, None) is not None and slot not in staged:
+                    self._arena.give_back(slot)
+
+    def _damage(self, layer: int, expert: int, slot: int) -> str:
+        if self._checksums is None:
+            return ""
+        nbytes = self._layers[layer][1]
+        start = slot * self._arena.record_nbytes
+        digest = xxhash.xxh3_64_hexdigest(self._arena.buffer.array()[start : start + nbytes])
+        return "" if digest == self._checksums[layer][expert] else "its record: the checksum does not match"
+
+    def _submit(self, layer: int, expert: int, slot: int) -> None:
+        file, nbytes = self._layers[layer]
+        self._nbytes += nbytes
+        self._reader.submit((file, expert * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes), slot)
+
+    def _take(self, layer: int, keep: set[int]) -> int | None:
+        """A free slot, or the one of the policy's victim."""
+        slot = self._arena.take()
+        if slot is not None:
+            return slot
+        victim = self._policy.victim(layer, keep)
+        if victim is None:
+            return None
+        self._policy.remove(*victim)
+        return self._resident[victim[0]].pop(victim[1])
+
+    def _fill_staging(self, layer: int, experts: Sequence[int]) -> None:
+        """Staging slots for a stream: taken once, kept from layer to layer until the next request."""
+        resident = self._resident[layer]
+        missing = sum(expert not in resident for expert in experts)
+        if missing <= self._arena.free:
+            return
+        wanted = max(1, min(_MAX_READ_AHEAD, self._arena.count // 2, missing))
+        keep = set(experts)
+        while len(self._staging) < wanted:
+            slot = self._take(layer, keep)
+            if slot is None:  # everything resident is of this layer and to be visited: read one of them again
+                slot = self._take(layer, set())
+            assert slot is not None  # staging never holds the whole pool
+            self._staging.append(slot)
+
+    def _return_staging(self) -> None:
+        while self._staging:
+            self._arena.give_back(self._staging.pop())
+
+
+class Request:
+    """One step's experts of one layer.  A context manager; leaving it waits for reads that were not consumed."""
+
+    __slots__ = ("_cache", "_landing", "_layer", "hits")
+
+    def __init__(self, cache: ExpertCache, layer: int, hits: Ready, landing: dict[int, int]) -> None:
+        self._cache, self._layer, self._landing = cache, layer, landing
+        self.hits = hits
+
+    def next_ready(self) -> Ready:
+        """Experts that have landed since the last call, at least one; [] when all have been returned.
+
+        Raises ReadError (after the request's other reads have ended) when one cannot be read.
+        """
+        if not self._landing:
+            return []
+        return self._cache._land(self._layer, self._landing, set())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cache._drain(self._landing)

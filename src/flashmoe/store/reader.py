@@ -1,0 +1,109 @@
+"""Reading records: the protocol, and the native reader behind it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from flashmoe._native import AlignedBuffer, Reader
+from flashmoe.errors import ReadError
+
+__all__ = ["AlignedBuffer", "ExpertReader", "NativeReader", "Read"]
+
+# (file index, offset, bytes, buffer, offset in the buffer); offsets are multiples of 4096.
+Read = tuple[int, int, int, AlignedBuffer, int]
+
+_PIECE = 8 << 20  # large reads are cut into pieces that keep all I/O threads busy
+
+
+class ExpertReader(Protocol):
+    """Asynchronous reads into aligned buffers; every submitted read completes once, failures included."""
+
+    def submit(self, read: Read, tag: int) -> None:
+        """Start a read.  `tag` (>= 0) comes back with its completion.  Raises ValueError for one out of range."""
+
+    def wait(self) -> list[tuple[int, str]]:
+        """Block until at least one read has completed: (tag, "" or what went wrong).  [] when none is left."""
+
+    def read_many(self, reads: Sequence[Read]) -> None:
+        """Perform these reads, large ones in pieces.  Raises ReadError when one fails (after all have ended)."""
+
+    def read_into(self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int) -> None:
+        """One read, in pieces.  Raises ReadError."""
+
+
+class BulkReads:
+    """read_many and read_into over submit and wait.  Call them only while no other read is outstanding."""
+
+    def submit(self, read: Read, tag: int) -> None:
+        """See ExpertReader."""
+        raise NotImplementedError
+
+    def wait(self) -> list[tuple[int, str]]:
+        """See ExpertReader."""
+        raise NotImplementedError
+
+    def read_many(self, reads: Sequence[Read]) -> None:
+        """See ExpertReader."""
+        for read in itertools.chain.from_iterable(_pieces(read) for read in reads):
+            self.submit(read, 0)
+        errors = []
+        while completions := self.wait():
+            errors += [error for _, error in completions if error]
+        if errors:
+            raise ReadError(f"cannot read {errors[0]}: run `flashmoe verify` on the bundle")
+
+    def read_into(self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int) -> None:
+        """See ExpertReader."""
+        self.read_many([(file, offset, nbytes, buffer, buffer_offset)])
+
+
+class NativeReader(BulkReads):
+    """I/O threads with direct reads (native/io/reader.cc).
+
+    direct: "auto" falls back to buffered reads, with `reason` saying why; "on" insists; "off".  Buffered reads drop
+    their pages from the page cache at once, so that it stays out of the memory budget.
+    Thread-safe apart from read_many and read_into.  Raises ReadError when a file cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[Path], direct: str = "auto", queue_depth: int = 8) -> None:
+        try:
+            self._native = Reader([str(path) for path in paths], direct, queue_depth)
+        except ValueError as error:
+            raise ReadError(f"cannot open {error}: check the bundle, or try --io buffered") from None
+
+    @property
+    def mode(self) -> str:
+        """ "direct" or "buffered"."""
+        return "direct" if self._native.direct else "buffered"
+
+    @property
+    def reason(self) -> str:
+        """Why this mode."""
+        return self._native.direct_reason
+
+    def submit(self, read: Read, tag: int) -> None:
+        """See ExpertReader."""
+        file, offset, nbytes, buffer, buffer_offset = read
+        self._native.submit(file, offset, nbytes, buffer, buffer_offset, tag)
+
+    def wait(self) -> list[tuple[int, str]]:
+        """See ExpertReader.  Ctrl-C interrupts it."""
+        return self._native.wait()
+
+    def close(self) -> None:
+        """End the I/O threads (reads in flight finish first) and close the files.  Call it once, last."""
+        del self._native
+
+    def stats(self) -> tuple[int, int, float, int]:
+        """(reads, bytes, seconds with a read in flight, most reads in flight) so far."""
+        return self._native.stats()
+
+
+def _pieces(read: Read) -> list[Read]:
+    file, offset, nbytes, buffer, at = read
+    return [
+        (file, offset + done, min(_PIECE, nbytes - done), buffer, at + done) for done in range(0, nbytes, _PIECE)
+    ]

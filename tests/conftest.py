@@ -1,0 +1,115 @@
+"""What several folders share: the demo bundle, a tiny tokenizer, an engine without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+STATS = {
+    "decode_tok_s": 8.0,
+    "prefill_tok_s": 90.0,
+    "bound_tok_s": 10.0,
+    "hit_rate": 0.75,
+    "bytes_read": 2_000_000_000,
+    "peak_memory_bytes": 1 << 30,
+    "budget_bytes": 2 << 30,
+}
+_DEMO = Path(__file__).parents[1] / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_bundle() -> Path:
+    """The committed demo bundle; its absence is a failure, because it belongs to the checkout."""
+    if not (_DEMO / "manifest.json").is_file():
+        pytest.fail(f"the demo bundle is missing at {_DEMO}: run `make demo-model`")
+    return _DEMO
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Path:
+    """A directory with a byte-level tokenizer: 0-255 are bytes, 256 is <|end|>, 257 <|im_end|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken("<|end|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.fixture
+def write_json(tmp_path: Path) -> Callable[[str, object], Path]:
+    """Writes a value as JSON to a file of tmp_path."""
+
+    def write(name: str, value: object) -> Path:
+        file = tmp_path / name
+        file.write_text(json.dumps(value), encoding="utf-8")
+        return file
+
+    return write
+
+
+class ScriptedEngine:
+    """Yields ``answer``; remembers the prompt and the parameters it was given."""
+
+    def __init__(self, bundle: Any, answer: list[int]) -> None:
+        self.bundle, self.answer = bundle, answer
+        self.plan = SimpleNamespace(describe=lambda: "plan")
+        self.finish_reason: str | None = None
+        self.closed = False
+        self.options: Any = None
+        self.prompt: list[int] = []
+        self.params: Any = None
+
+    def generate_ids(self, prompt: list[int], params: Any, stop_ids: set[int]) -> Iterator[int]:
+        self.prompt, self.params, self.finish_reason = prompt, params, None
+        for token_id in self.answer:
+            if token_id in stop_ids:
+                self.finish_reason = "stop"
+                return
+            yield token_id
+        self.finish_reason = "length"
+
+    def stats(self) -> dict[str, Any]:
+        return dict(STATS)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engine(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
+    """The engine that every LLM of the test gets."""
+    from flashmoe.chat import llm as llm_module  # here: only these tests need the whole package
+
+    bundle = SimpleNamespace(
+        path=tokenizer_dir,
+        text_config={"num_experts_per_tok": 4},
+        generation_config={"temperature": 0.6, "top_k": 20},
+        expert_layers=[SimpleNamespace(count=8), SimpleNamespace(count=8)],
+    )
+    scripted = ScriptedEngine(bundle, [])
+
+    def open_engine(path: Path, options: Any) -> ScriptedEngine:
+        scripted.options = options
+        return scripted
+
+    monkeypatch.setattr(llm_module.Bundle, "open", lambda path: bundle)
+    monkeypatch.setattr(llm_module.Engine, "open", open_engine)
+    return scripted
+
+
+@pytest.fixture
+def llm(engine: ScriptedEngine) -> Any:
+    """A model that says what ``engine.answer`` holds."""
+    from flashmoe.chat.llm import LLM
+
+    return LLM(engine.bundle.path)

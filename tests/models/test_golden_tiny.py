@@ -1,0 +1,122 @@
+"""The engine against float32 Hugging Face logits of tiny random checkpoints, one per accepted file form.
+
+tests/golden/make_fixtures.py made the files; golden.json says which reference belongs to which.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashmoe.convert import convert
+from flashmoe.engine.engine import Engine, EngineOptions
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+INDEX: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
+FORMS = sorted(INDEX["fixtures"])
+
+Logits = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundle of every fixture, converted once; form -> folder."""
+    made = {form: tmp_path_factory.mktemp("bundles") / form for form in FORMS}
+    for form, folder in made.items():
+        convert(GOLDEN / form, folder)
+    return made
+
+
+def golden(form: str) -> tuple[dict[str, Any], Logits]:
+    """The reference of a form: its golden.json entry and logits [tokens, vocab]."""
+    name = INDEX["fixtures"][form]["model"]
+    with np.load(GOLDEN / "logits.npz") as logits:
+        return INDEX["models"][name], logits[name]
+
+
+def open_engine(bundle: Path, prefill_chunk: int | None = None) -> Engine:
+    """An engine on the float activation path."""
+    return Engine.open(bundle, EngineOptions(activations="f32", prefill_chunk=prefill_chunk))
+
+
+def logits_of(bundle: Path, ids: list[int], prefill_chunk: int | None = None) -> Logits:
+    """Logits [tokens, vocab] of a fresh engine."""
+    with open_engine(bundle, prefill_chunk) as engine:
+        return np.array(engine.logits(ids))
+
+
+def same_bits(a: Logits, b: Logits) -> bool:
+    """Equal as bit patterns, not only as numbers."""
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def feed_in_pieces(engine: Engine, ids: list[int], sizes: list[int]) -> Logits:
+    """Logits of a fresh sequence fed in pieces of the given sizes; the last size repeats."""
+    engine.start()
+    rows, at, step = [], 0, 0
+    while at < len(ids):
+        size = sizes[min(step, len(sizes) - 1)]
+        rows.append(np.array(engine.feed(ids[at : at + size])))
+        at, step = at + size, step + 1
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_match_hugging_face(bundles: dict[str, Path], form: str) -> None:
+    model, expected = golden(form)
+    got = logits_of(bundles[form], model["ids"])
+    assert got.dtype == np.float32
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= model["tolerance"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_continuation_matches(bundles: dict[str, Path], form: str) -> None:
+    # No choice in the references is within 1e-2 of a tie, 50 times the tolerance: all must agree.
+    model, _ = golden(form)
+    got: list[int] = []
+    with open_engine(bundles[form]) as engine:
+        engine.start()
+        last = engine.feed(model["ids"])[-1]
+        for _ in model["greedy"]:
+            got.append(int(last.argmax()))
+            last = engine.feed([got[-1]])[-1]
+    assert got == model["greedy"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [[1], [7], [1, 13, 2, 5], [39, 1]], ids=str)
+def test_pieces_give_the_same_bits(bundles: dict[str, Path], form: str, sizes: list[int]) -> None:
+    model, _ = golden(form)
+    with open_engine(bundles[form]) as engine:
+        whole = np.array(engine.logits(model["ids"]))
+        assert same_bits(whole, feed_in_pieces(engine, model["ids"], sizes))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prefill_chunk_does_not_change_bits(bundles: dict[str, Path], form: str) -> None:
+    ids = golden(form)[0]["ids"]
+    assert same_bits(logits_of(bundles[form], ids), logits_of(bundles[form], ids, prefill_chunk=9))
+
+
+def test_forms_of_one_model_give_the_same_bits(bundles: dict[str, Path]) -> None:
+    # The three Hugging Face forms hold the same numbers, so the bundles must too.
+    ids = golden("hf_text_f32")[0]["ids"]
+    forms = [form for form in FORMS if INDEX["fixtures"][form]["model"] == "small"]
+    assert len(forms) == 3
+    first, *others = [logits_of(bundles[form], ids) for form in forms]
+    assert all(same_bits(first, other) for other in others)
+
+
+def test_fixtures_stay_small() -> None:
+    files = [
+        GOLDEN / "golden.json",
+        GOLDEN / "logits.npz",
+        *(p for f in FORMS for p in (GOLDEN / f).iterdir()),
+    ]
+    assert sum(p.stat().st_size for p in files) <= 2_000_000
