@@ -87,7 +87,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 VALUES = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(max_size=4) | st.floats()
 LISTS = st.lists(VALUES, max_size=4) | VALUES
 ENTRIES = st.fixed_dictionaries(
-    {}, optional={"dtype": st.sampled_from(["F32", "BF16", "U8", "x"]) | VALUES, "shape": LISTS, "data_offsets": LISTS}
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "x"]) | VALUES,
+        "shape": LISTS,
+        "data_offsets": LISTS,
+    },
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -115,6 +116,19 @@ def test_machine_options_reach_the_engine(model: Any) -> None:
     options = model.options
     assert (options.context, options.io, options.activations) == (99, "buffered", "f32")
     assert options.expert_slots == 8
+
+
+def test_ctrl_c_keeps_what_was_shown(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> Iterator[int]:
+        yield model.answer[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate_ids", interrupted)
+    assert run(model, "Hi") == 130
+    assert capsys.readouterr() == ("h\n", "flashmoe: interrupted\n")
+    assert model.closed
 
 
 @pytest.mark.parametrize(

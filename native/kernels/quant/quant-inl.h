@@ -180,7 +180,6 @@ void group_sums(const float* x, int64_t cols, int group, float* sum) {
 }
 
 void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, float* sum) {
-  group_sums(x, cols, group, sum);
   for (int64_t g = 0; g < cols / group; ++g) {
     const float* in = x + g * group;
     F32x16 largest = abs(load(in));
@@ -189,7 +188,10 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
     scale[g] = amax / 127.0f;
     // Below 1e-37 the reciprocal overflows; such a group is zero to any later arithmetic.
     const float inverse = amax > 1e-37f ? 127.0f / amax : 0.0f;
+    int32_t total = 0;
     for (int i = 0; i < group; i += 16) quantize16(in + i, inverse, q + g * group + i);
+    for (int i = 0; i < group; ++i) total += q[g * group + i];
+    sum[g] = scale[g] * static_cast<float>(total);
   }
 }
 

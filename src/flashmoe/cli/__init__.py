@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flashmoe: error: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("\nflashmoe: interrupted", file=sys.stderr)
+        print("flashmoe: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SystemExit as stop:  # argparse, after --help or a wrong option
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE

@@ -50,13 +50,18 @@ def execute(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan | None, str]:
     """The split of the budget; or, when none was asked for and the machine is too small, the reason."""
     from flashmoe.engine.memory import make_plan
+    from flashmoe.engine.tokenizer import TextTokenizer
 
+    # A run holds its tokenizer when it plans: more than 100 MiB for a vocabulary of 248,320.
+    held = TextTokenizer.open(args.path) if (args.path / "tokenizer.json").is_file() else None
     try:
         return make_plan(_demand(args.path, facts, args.context), args.memory), ""
     except BudgetError as error:
         if args.memory is not None:
             raise
         return None, str(error)
+    finally:
+        del held
 
 
 def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:

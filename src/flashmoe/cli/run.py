@@ -163,11 +163,14 @@ def _report(llm: LLM, chunks: Iterator[Chunk]) -> dict[str, Any]:
 
 
 def _show(llm: LLM, chunks: Iterator[Chunk]) -> None:
+    shown = False
     try:
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
+            shown = True
     finally:
-        print(flush=True)
+        if shown:  # also when interrupted: the next line is not the answer's
+            print(flush=True)
     print(closing_line(llm.stats()), file=sys.stderr)
 
 

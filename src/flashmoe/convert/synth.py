@@ -33,6 +33,8 @@ from flashmoe.errors import BundleError, ConfigError
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import find_family
 
+_POOL_NBYTES = 32 << 20
+
 
 @dataclass(frozen=True)
 class SynthReport:
@@ -56,8 +58,8 @@ def synth(
     """Write a bundle of random weights shaped by a real config.json; the same arguments give the same bytes.
 
     ``layers`` keeps only that many leading layers; ``bits`` are those of routed experts (the rest has 4 bits,
-    gates 8).  ``router_skew`` S makes the r-th favourite expert of a layer be chosen about r**-S as often (0:
-    evenly).  The tokenizer knows single bytes only.  Raises ConfigError or BundleError, one line each.
+    gates 8).  ``router_skew`` S makes the r-th favourite expert of a layer be chosen about min(0.45, c * r**-S)
+    of the time (0: evenly).  The tokenizer knows single bytes only.  Raises ConfigError or BundleError, one line each.
     """
     config_json, dst = Path(config_json), Path(dst)
     raw = _read_config(config_json)
@@ -83,6 +85,8 @@ class _Synthesis:
         self._config = Qwen35Config.from_dict(raw)
         self._outline: Outline = make_outline(raw, options["bits"])
         self._pools: dict[tuple[TileCodec, float], TilePool] = {}
+        # Far larger than a record, so that the records of a layer differ; small for tiny models.
+        self._pool_nbytes = min(_POOL_NBYTES, max(1 << 20, 64 * self._outline.ffn.record_nbytes))
 
     def run(self, source: str, progress: Progress | None) -> SynthReport:
         outline = self._outline
@@ -142,12 +146,12 @@ class _Synthesis:
         """Tiles are interchangeable here, so gate and up need no interleaving."""
         record = np.empty(layout.nbytes, np.uint8)
         parts = (
-            (record[: layout.down_offset], layout.gate_up, layout.hidden),
-            (record[layout.down_offset :], layout.down, layout.intermediate),
+            (record[: layout.down_offset], layout.gate_up, float(layout.hidden), where & 0xFFFFFFFF),
+            (record[layout.down_offset :], layout.down, float(layout.intermediate), where >> 32),
         )
-        for out, codec, fan_in in parts:
+        for out, codec, fan_in, place in parts:
             start = 0
-            for chunk in self._pool(codec, fan_in).tiles(len(out) // codec.tile_nbytes, where):
+            for chunk in self._pool(codec, fan_in).tiles(len(out) // codec.tile_nbytes, place):
                 out[start : start + chunk.size] = chunk.reshape(-1)
                 start += chunk.size
         return record
@@ -159,6 +163,10 @@ class _Synthesis:
                 codec, fan_in, np.random.default_rng(self._where(f"{codec.bits} {fan_in}"))
             )
         return self._pools[key]
+
+    def _new_pool(self, codec: TileCodec, fan_in: float) -> TilePool:
+        rng = np.random.default_rng(self._where(f"{codec.bits} {codec.group} {fan_in}"))
+        return TilePool(codec, fan_in, self._pool_nbytes, rng)
 
     def _where(self, name: str) -> int:
         """A number that depends on nothing but the seed and the name."""

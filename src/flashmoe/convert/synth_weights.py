@@ -11,7 +11,6 @@ import numpy as np
 from flashmoe.bundle.codecs import TILE_ROWS, U8, TileCodec
 from flashmoe.checkpoint.dtypes import F32, f32_to_half, half_to_f32
 
-_POOL_NBYTES = 32 << 20  # far larger than a record, so that records of a layer differ
 _CHUNK_TILES = 1 << 15
 _MOST_CHOSEN = 0.45  # a larger scale cannot make an expert be chosen by half of all tokens or more
 
@@ -19,11 +18,11 @@ _MOST_CHOSEN = 0.45  # a larger scale cannot make an expert be chosen by half of
 class TilePool:
     """Tiles of uniform random codes with mean 0 and standard deviation 1 / sqrt(fan_in) within a factor 1.5.
 
-    Random bytes are drawn once; every matrix copies its tiles from another place, at memory speed.
+    ``nbytes`` of random bytes are drawn once; every matrix copies its tiles from another place, at memory speed.
     """
 
-    def __init__(self, codec: TileCodec, fan_in: float, rng: np.random.Generator) -> None:
-        self._count = _POOL_NBYTES // codec.tile_nbytes
+    def __init__(self, codec: TileCodec, fan_in: float, nbytes: int, rng: np.random.Generator) -> None:
+        self._count = nbytes // codec.tile_nbytes
         self._tiles = np.frombuffer(rng.bytes(self._count * codec.tile_nbytes), np.uint8).copy()
         self._tiles = self._tiles.reshape(self._count, codec.tile_nbytes)
         # A power of two makes the bias -scale * (2**bits - 1) / 2 exact in bf16: the mean is truly 0.
@@ -64,11 +63,23 @@ def router_tiles(
 def row_factors(experts: int, chosen: int, skew: float) -> F32:
     """f_e of router_tiles by rank, favourite first; all 1 for a skew of 0."""
     even = min(chosen / experts, _MOST_CHOSEN)
-    weights = np.arange(1, experts + 1) ** -float(skew)
     normal = NormalDist()
-    probabilities = np.clip(weights * (even * experts / weights.sum()), 1e-6, _MOST_CHOSEN)
     threshold = normal.inv_cdf(1 - even)
-    return np.array([threshold / normal.inv_cdf(1 - p) for p in probabilities], np.float32)
+    shares = _capped_zipf(experts, even * experts, skew)
+    return np.array([threshold / normal.inv_cdf(1 - p) for p in shares], np.float32)
+
+
+def _capped_zipf(count: int, total: float, skew: float) -> list[float]:
+    """min(cap, c * r**-skew) for ranks r = 1..count, with c such that they sum to ``total``; at least 1e-6."""
+    shares = np.arange(1, count + 1) ** -skew
+    for _ in range(count):  # every round caps one more rank at least, or is the last
+        capped = shares >= _MOST_CHOSEN
+        rest = total - _MOST_CHOSEN * capped.sum()
+        scaled = np.where(capped, _MOST_CHOSEN, shares * (rest / max(shares[~capped].sum(), 1e-9)))
+        if (scaled <= _MOST_CHOSEN).all():
+            break
+        shares = np.minimum(scaled, _MOST_CHOSEN)
+    return [float(share) for share in np.clip(scaled, 1e-6, _MOST_CHOSEN)]
 
 
 def vector_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
