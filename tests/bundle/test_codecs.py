@@ -28,7 +28,7 @@ def random_matrix(codec: TileCodec, rows: int, cols: int, seed: int = 0) -> Quan
     rng = np.random.default_rng(seed)
     groups = -(-cols // codec.group)
     codes = rng.integers(0, 1 << codec.bits, (rows, cols), dtype=np.uint8)
-    scales, biases = rng.integers(0, 0x7F00, (2, rows, groups), dtype=np.uint16)
+    scales, biases = rng.integers(0, 0x5000, (2, rows, groups), dtype=np.uint16)
     return Quantized(codes, scales, biases)
 
 

@@ -39,6 +39,10 @@ def test_without_stop_strings_everything_passes_at_once() -> None:
     assert StopStrings([""]).push("abc") == ("abc", False)
 
 
+def test_a_single_stop_string_is_not_a_list_of_letters() -> None:
+    assert StopStrings("END").push("DENEND") == ("DEN", True)
+
+
 @given(
     pieces=st.lists(st.text(alphabet="ab", max_size=3), max_size=12),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),

@@ -187,7 +187,7 @@ class TinyModel:
     def mlx(
         self, prefix: str, forms: Callable[[str], tuple[int, int]], scale_dtype: str = "BF16"
     ) -> tuple[dict[str, Stored], dict[str, Array], dict[str, Any]]:
-        """Tensors, the values a reader must find by canonical name, and the quantization table of config.json."""
+        """Tensors, the values a reader must find by canonical name, the quantization table of config.json."""
         tensors: dict[str, Stored] = {}
         truth: dict[str, Array] = {}
         table: dict[str, Any] = {"group_size": 64, "bits": 4, "mode": "affine"}

@@ -79,7 +79,7 @@ def test_router_skew_concentrates_the_choice(config: Path, tmp_path: Path) -> No
     entropies = [routing_entropy(bundle, 4) for bundle in bundles]
     assert entropies == sorted(entropies, reverse=True)
     assert entropies[0] > 4.8, "32 experts evenly are 5 bits"
-    assert entropies[3] < entropies[0] - 1
+    assert entropies[3] < entropies[0] - 0.7
 
 
 @pytest.mark.parametrize("options", [{"bits": 5}, {"router_skew": -1.0}, {"router_skew": 9.0}])

@@ -4,10 +4,13 @@
 // tile.  All functions are pure: no allocation, no state, any number of threads at once.
 //
 // Arithmetic of every function, the same in every instruction set and for every number of tokens:
-//   int8 path:  c = s_rg * xs_g;  acc = fma(float(sum q*xq), c, acc);  acc = fma(b_rg, xsum_g, acc)
+//   int8 path:  x is a 15-bit integer of two int8 planes, 128 * high + low, times one scale a group;
+//               d = 128 * (sum q*high) + (sum q*low);  acc = fma(float(d), s_rg * xs_g, acc);
+//               acc = fma(b_rg, xsum_g, acc)
 //   f32 path:   d = fma over the group's columns ascending of q * x;  acc = fma(s_rg, d, acc);
 //               acc = fma(b_rg, xsum_g, acc)
-// with g ascending.  The int32 sum is exact: at most 64 * 255 * 127 = 2.1e6.
+// with g ascending.  d is exact: at most 64 * 255 * 16,256 = 2.7e8.  xsum_g is the sum of the quantised values, so
+// that the rounding errors of both terms cancel as far as a weight's code and bias do (docs/experiments.md).
 #pragma once
 
 #include <cstdint>
@@ -33,7 +36,7 @@ struct TileMatrix {
 
 // Activations of some tokens: rows of `cols` = groups * group values.  q is null on the f32 path.
 struct Activations {
-  const int8_t* q = nullptr;
+  const int8_t* q = nullptr;     // [tokens, 2, cols]: high plane, low plane
   const float* x = nullptr;
   const float* scale = nullptr;  // [tokens, groups]
   const float* sum = nullptr;    // [tokens, groups]
@@ -57,7 +60,7 @@ struct DenseMatrix {
 };
 
 struct QuantKernels {
-  // One token's row: int8 codes, scale = amax / 127 and sum per group.  cols % group == 0.
+  // One token's row: planes q [2, cols], scale = amax / 16,256 and sum per group.  cols % group == 0.
   void (*quantize)(const float* x, int64_t cols, int group, int8_t* q, float* scale, float* sum);
   // Group sums alone, for the f32 path.
   void (*group_sums)(const float* x, int64_t cols, int group, float* sum);

@@ -39,10 +39,13 @@ FLASHMOE_INLINE F32x16 load_scales(const uint8_t* p, bool f16) {
   const uint16_t* raw = reinterpret_cast<const uint16_t*>(p);
   return f16 ? load_f16(raw) : load_bf16(raw);
 }
-FLASHMOE_INLINE void quantize16(const float* x, float inverse, int8_t* q) {
-  const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
-  const __m128i bytes = _mm512_cvtsepi32_epi8(codes);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm_max_epi8(bytes, _mm_set1_epi8(-127)));
+FLASHMOE_INLINE I32x16 i32_shl7(I32x16 v) { return _mm512_slli_epi32(v, 7); }
+FLASHMOE_INLINE I32x16 round_i32(F32x16 v) { return _mm512_cvtps_epi32(v.v); }
+FLASHMOE_INLINE void split_planes(I32x16 v, int8_t* high, int8_t* low) {
+  const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), 7);
+  const __m512i l = _mm512_sub_epi32(v, _mm512_slli_epi32(h, 7));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(h));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(l));
 }
 
 }  // namespace

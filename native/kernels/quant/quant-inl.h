@@ -3,11 +3,13 @@
 //   U8x64 u8_load(p); u8_and(v, u8); u8_shr(v, bits); u8_shl(v, bits); u8_or(a, b)      bytes of 16 u32 lanes
 //   I32x16 i32_zero(); dot4(acc, codes <= 127, four int8 in an int32); dot4_wide(acc, codes <= 255, ...)
 //   F32x16 to_f32(I32x16); F32x16 byte_f32(U8x64, byte 0..3); F32x16 load_scales(p, f16)
-//   void quantize16(const float* x, float inverse, int8_t* q)
+//   I32x16 round_i32(F32x16); I32x16 i32_add(a, b); i32_shl7(v); void split_planes(I32x16, int8_t* high, int8_t* low)
 
 namespace {
 
 constexpr int64_t kTokenBlock = 16;  // accumulators of a block: 2 x 1 KiB, well inside L1
+
+constexpr float kLevels = 16256.0f;  // 127 * 128: the high plane stays within int8 after rounding
 
 struct GroupCodes {
   U8x64 columns[16];  // columns 4i..4i+3 of 16 rows, one code a byte
@@ -57,15 +59,18 @@ FLASHMOE_INLINE int32_t load_x4(const int8_t* q) {
   return value;
 }
 
-// Exact integer products of one group: two chains, because one would wait for the dot product's latency.
-FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, int bits, int group, const int8_t* q) {
-  I32x16 even = i32_zero(), odd = i32_zero();
-  for (int i = 0; i < group / 4; i += 2) {
-    even = bits == 8 ? dot4_wide(even, columns[i], load_x4(q + 4 * i)) : dot4(even, columns[i], load_x4(q + 4 * i));
-    odd = bits == 8 ? dot4_wide(odd, columns[i + 1], load_x4(q + 4 * i + 4))
-                    : dot4(odd, columns[i + 1], load_x4(q + 4 * i + 4));
+FLASHMOE_INLINE I32x16 dot_any(I32x16 acc, U8x64 codes, int bits, int32_t x4) {
+  return bits == 8 ? dot4_wide(acc, codes, x4) : dot4(acc, codes, x4);
+}
+
+// Exact integer product of one group: the planes are separate chains, which also hides the dot product's latency.
+FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, int bits, int group, const int8_t* high, const int8_t* low) {
+  I32x16 sum_high = i32_zero(), sum_low = i32_zero();
+  for (int i = 0; i < group / 4; ++i) {
+    sum_high = dot_any(sum_high, columns[i], bits, load_x4(high + 4 * i));
+    sum_low = dot_any(sum_low, columns[i], bits, load_x4(low + 4 * i));
   }
-  return i32_add(even, odd);
+  return i32_add(i32_shl7(sum_high), sum_low);
 }
 
 FLASHMOE_INLINE F32x16 group_dot_f32(const U8x64* columns, int group, const float* x) {
@@ -81,7 +86,8 @@ FLASHMOE_INLINE F32x16 add_group(F32x16 acc, const U8x64* columns, int bits, int
                                       F32x16 biases, const Activations& x, int64_t row, int64_t g) {
   const float sum = x.sum[row * x.groups + g];
   if (x.q != nullptr) {
-    const I32x16 dot = group_dot(columns, bits, group, x.q + row * x.cols + g * group);
+    const int8_t* high = x.q + 2 * row * x.cols + g * group;
+    const I32x16 dot = group_dot(columns, bits, group, high, high + x.cols);
     acc = fma(to_f32(dot), mul(scales, set1(x.scale[row * x.groups + g])), acc);
   } else {
     acc = fma(scales, group_dot_f32(columns, group, x.x + row * x.cols + g * group), acc);
@@ -185,13 +191,16 @@ void quantize(const float* x, int64_t cols, int group, int8_t* q, float* scale, 
     F32x16 largest = abs(load(in));
     for (int i = 16; i < group; i += 16) largest = max(largest, abs(load(in + i)));
     const float amax = reduce_max(largest);
-    scale[g] = amax / 127.0f;
-    // Below 1e-37 the reciprocal overflows; such a group is zero to any later arithmetic.
-    const float inverse = amax > 1e-37f ? 127.0f / amax : 0.0f;
-    int32_t total = 0;
-    for (int i = 0; i < group; i += 16) quantize16(in + i, inverse, q + g * group + i);
-    for (int i = 0; i < group; ++i) total += q[g * group + i];
-    sum[g] = scale[g] * static_cast<float>(total);
+    scale[g] = amax / kLevels;
+    // Below 1e-34 the reciprocal overflows; such a group is zero to any later arithmetic.
+    const F32x16 inverse = set1(amax > 1e-34f ? kLevels / amax : 0.0f);
+    I32x16 total = i32_zero();
+    for (int i = 0; i < group; i += 16) {
+      const I32x16 value = round_i32(mul(load(in + i), inverse));
+      split_planes(value, q + g * group + i, q + cols + g * group + i);
+      total = i32_add(total, value);
+    }
+    sum[g] = scale[g] * reduce_add(to_f32(total));  // exact: every partial sum is below 2^24
   }
 }
 

@@ -23,12 +23,12 @@ int64_t tasks_of(int64_t items, int64_t per_task) { return (items + per_task - 1
 void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens,
                      int64_t cols, int group, bool int8) {
   const int64_t groups = cols / group;
-  int8_t* q = int8 ? q_.at_least(tokens * cols) : nullptr;
+  int8_t* q = int8 ? q_.at_least(2 * tokens * cols) : nullptr;
   float* scale = scale_.at_least(tokens * groups);
   float* sum = sum_.at_least(tokens * groups);
   pool.parallel_for(tokens, [&](int64_t t) {
     if (int8) {
-      kernels.quantize(x + t * cols, cols, group, q + t * cols, scale + t * groups, sum + t * groups);
+      kernels.quantize(x + t * cols, cols, group, q + 2 * t * cols, scale + t * groups, sum + t * groups);
     } else {
       kernels.group_sums(x + t * cols, cols, group, sum + t * groups);
     }
@@ -135,7 +135,7 @@ void QuantOps::expert_ffn(const TokenInput& input, const FfnLayout& layout, std:
       TileMatrix w = layout.down;
       w.tiles = job.record + layout.down_offset;
       Activations x = hidden_input_.view();
-      x.q = x.q != nullptr ? x.q + job.first * x.cols : nullptr;
+      x.q = x.q != nullptr ? x.q + 2 * job.first * x.cols : nullptr;
       x.x += job.first * x.cols;
       x.scale += job.first * x.groups;
       x.sum += job.first * x.groups;

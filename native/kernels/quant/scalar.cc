@@ -66,10 +66,21 @@ inline F32x16 load_scales(const uint8_t* p, bool f16) {
   std::memcpy(raw, p, sizeof raw);
   return f16 ? load_f16(raw) : load_bf16(raw);
 }
-inline void quantize16(const float* x, float inverse, int8_t* q) {
+inline I32x16 i32_shl7(I32x16 v) {
+  for (int32_t& lane : v.lane) lane *= 128;
+  return v;
+}
+inline I32x16 round_i32(F32x16 v) {
+  I32x16 out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>(std::nearbyint(v.v[i]));
+  return out;
+}
+// high = round(v / 128) with halves upwards, low = v - 128 * high in [-64, 63].
+inline void split_planes(I32x16 v, int8_t* high, int8_t* low) {
   for (int i = 0; i < 16; ++i) {
-    const float code = std::nearbyint(x[i] * inverse);
-    q[i] = static_cast<int8_t>(code > 127.0f ? 127.0f : (code < -127.0f ? -127.0f : code));
+    const int32_t h = (v.lane[i] + 64) >> 7;
+    high[i] = static_cast<int8_t>(h);
+    low[i] = static_cast<int8_t>(v.lane[i] - 128 * h);
   }
 }
 

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Cuts a text at the first stop string.  Not thread-safe; one object per stream."""
+    """Cuts a text at the first stop string; a single one may stand for a list of one.
+
+    Not thread-safe; one object per stream.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        given = [stops] if isinstance(stops, str) else stops
+        self._stops = [stop for stop in given if stop]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:

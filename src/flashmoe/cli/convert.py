@@ -45,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
     from flashmoe.cli.progress import ProgressLine
     from flashmoe.convert import convert
 
-    with ProgressLine() as progress:
+    with ProgressLine("converting") as progress:
         report = convert(
             args.source, args.bundle, bits=args.bits, consume_source=args.consume_source, progress=progress
         )

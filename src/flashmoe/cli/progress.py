@@ -20,10 +20,10 @@ from rich.progress import (
 class ProgressLine:
     """A bar with bytes, speed and time left on stderr, for a ``with`` block; silent without a terminal.
 
-    Calling it reports progress: bytes done, bytes in all, what is being worked on.  Not thread-safe.
+    Calling it reports progress: bytes done, bytes in all.  Not thread-safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
         console = Console(file=sys.stderr)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -35,7 +35,7 @@ class ProgressLine:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None)
+        self._task = self._bar.add_task(what, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -46,6 +46,6 @@ class ProgressLine:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, total: int, what: str = "") -> None:
+    def __call__(self, done: int, total: int) -> None:
         """Show ``done`` of ``total`` bytes."""
-        self._bar.update(self._task, completed=done, total=total, description=what)
+        self._bar.update(self._task, completed=done, total=total)

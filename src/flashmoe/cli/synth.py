@@ -33,7 +33,7 @@ def execute(args: argparse.Namespace) -> int:
     from flashmoe.cli.progress import ProgressLine
     from flashmoe.convert import synth
 
-    with ProgressLine() as progress:
+    with ProgressLine("writing") as progress:
         report = synth(
             args.config,
             args.bundle,

@@ -24,7 +24,7 @@ def execute(args: argparse.Namespace) -> int:
     from flashmoe.cli.progress import ProgressLine
 
     bundle = Bundle.open(args.bundle)
-    with ProgressLine() as progress:
+    with ProgressLine("verifying") as progress:
         report = verify(bundle, progress)
     if args.json:
         options.print_json({"ok": report.ok, **dataclasses.asdict(report)})

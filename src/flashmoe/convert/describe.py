@@ -26,8 +26,8 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     """Facts about a bundle directory, a checkpoint directory or a config.json, ready for JSON.
 
     Keys: kind (bundle | checkpoint | config), model_type, layers, attention_layers, hidden_size, vocab_size,
-    experts, experts_per_token, expert_layers, codecs (label -> matrices), resident_nbytes
-    (an untied embedding, of which single rows are read, is counted in embedding_nbytes instead), embedding_nbytes,
+    experts, experts_per_token, expert_layers, codecs (label -> number of matrices), resident_nbytes,
+    embedding_nbytes (an untied embedding, of which only rows are read; not part of resident_nbytes),
     expert_nbytes (all), record_nbytes (one expert, the largest), token_expert_nbytes (experts of one token),
     skipped (prefix, tensors, nbytes), unknown (names), lossless, note.  For a checkpoint or config they are
     what `convert` with ``bits`` would give.  Raises FlashmoeError as opening it does.

@@ -58,8 +58,9 @@ def synth(
     """Write a bundle of random weights shaped by a real config.json; the same arguments give the same bytes.
 
     ``layers`` keeps only that many leading layers; ``bits`` are those of routed experts (the rest has 4 bits,
-    gates 8).  ``router_skew`` S makes the r-th favourite expert of a layer be chosen about min(0.45, c * r**-S)
-    of the time (0: evenly).  The tokenizer knows single bytes only.  Raises ConfigError or BundleError, one line each.
+    8 above 4, gates 8).  With ``router_skew`` S the r-th favourite expert of a layer is chosen about
+    min(0.45, c * r**-S) of the time (0: evenly).  The tokenizer knows single bytes only.
+    Raises ConfigError or BundleError, one line each.
     """
     config_json, dst = Path(config_json), Path(dst)
     raw = _read_config(config_json)
@@ -159,9 +160,7 @@ class _Synthesis:
     def _pool(self, codec: TileCodec, fan_in: float) -> TilePool:
         key = codec, fan_in
         if key not in self._pools:
-            self._pools[key] = TilePool(
-                codec, fan_in, np.random.default_rng(self._where(f"{codec.bits} {fan_in}"))
-            )
+            self._pools[key] = self._new_pool(codec, fan_in)
         return self._pools[key]
 
     def _new_pool(self, codec: TileCodec, fan_in: float) -> TilePool:

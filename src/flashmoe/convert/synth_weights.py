@@ -18,7 +18,7 @@ _MOST_CHOSEN = 0.45  # a larger scale cannot make an expert be chosen by half of
 class TilePool:
     """Tiles of uniform random codes with mean 0 and standard deviation 1 / sqrt(fan_in) within a factor 1.5.
 
-    ``nbytes`` of random bytes are drawn once; every matrix copies its tiles from another place, at memory speed.
+    ``nbytes`` random bytes are drawn once; every matrix copies its tiles from another place of them.
     """
 
     def __init__(self, codec: TileCodec, fan_in: float, nbytes: int, rng: np.random.Generator) -> None:
@@ -43,12 +43,12 @@ class TilePool:
 def router_tiles(
     codec: TileCodec, shape: tuple[int, ...], chosen: int, skew: float, rng: np.random.Generator
 ) -> U8:
-    """A router gate [experts, hidden] that chooses its r-th favourite about r**-skew as often as the first.
+    """A router gate [experts, hidden] that picks its r-th favourite expert ever less often.
 
-    With random rows the logit of expert e is normal with a deviation f_e in proportion to its row's scale,
-    and it is among the ``chosen`` of ``experts`` when it exceeds a common threshold t: with probability
-    Q(t / f_e).  Solving Q(t / f_e) = p_e for a Zipf-like p_e gives the scale of each row; a bias is not needed.
-    Which expert has which rank is random.
+    With random rows the logit of expert e is normal with a deviation f_e in proportion to its row's scale, and
+    it is among the ``chosen`` when it exceeds a common threshold t: with probability Q(t / f_e).  Solving
+    Q(t / f_e) = p_e for a Zipf-like p_e gives the scale of each row.  Without a bias no expert can be chosen
+    half of the time or more.  Which expert has which rank is random.
     """
     experts, hidden = shape
     factors = rng.permutation(row_factors(experts, chosen, skew)).astype(np.float32)
@@ -70,16 +70,16 @@ def row_factors(experts: int, chosen: int, skew: float) -> F32:
 
 
 def _capped_zipf(count: int, total: float, skew: float) -> list[float]:
-    """min(cap, c * r**-skew) for ranks r = 1..count, with c such that they sum to ``total``; at least 1e-6."""
-    shares = np.arange(1, count + 1) ** -skew
-    for _ in range(count):  # every round caps one more rank at least, or is the last
-        capped = shares >= _MOST_CHOSEN
-        rest = total - _MOST_CHOSEN * capped.sum()
-        scaled = np.where(capped, _MOST_CHOSEN, shares * (rest / max(shares[~capped].sum(), 1e-9)))
-        if (scaled <= _MOST_CHOSEN).all():
-            break
-        shares = np.minimum(scaled, _MOST_CHOSEN)
-    return [float(share) for share in np.clip(scaled, 1e-6, _MOST_CHOSEN)]
+    """min(cap, c * r**-skew) for ranks r = 1..count, with the c that makes their sum ``total``."""
+    weights = np.arange(1, count + 1, dtype=np.float64) ** -skew
+    low, high = 0.0, _MOST_CHOSEN / float(weights[-1])  # at ``high`` all are capped
+    for _ in range(100):  # halving 2**-53 apart even for the 4e12 of 1000 experts and a skew of 4
+        middle = (low + high) / 2
+        if np.minimum(_MOST_CHOSEN, middle * weights).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return [float(share) for share in np.clip(high * weights, 1e-6, _MOST_CHOSEN)]
 
 
 def vector_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
