@@ -6,6 +6,7 @@ ORACLE_VENV ?= .venv-oracle
 SANITIZE_DIR ?= build/sanitize
 # Slots for a quarter of the demo model's 240 experts; the rest is read from disk token by token.
 DEMO_EXPERTS ?= 25%
+DEMO_SOURCE ?= ../shared/demo-model
 
 .PHONY: run test build lint native-sanitize oracle demo-model fixtures clean
 
@@ -50,6 +51,12 @@ $(ORACLE_VENV)/.installed: pyproject.toml
 oracle: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps .
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
+
+# The embedded demo model: our own trained checkpoint, converted; its card, licence and golden outputs beside it.
+demo-model: $(VENV)/.installed
+	rm -rf models/demo
+	$(VENV)/bin/flashmoe convert $(DEMO_SOURCE) models/demo
+	cp $(addprefix $(DEMO_SOURCE)/,MODEL_CARD.md LICENSE_NOTE.txt golden.json golden.npz) models/demo/
 
 fixtures: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python tests/golden/make_fixtures.py

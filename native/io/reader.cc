@@ -24,7 +24,8 @@ std::string pread_all(int fd, uint8_t* out, size_t nbytes, uint64_t offset, cons
     if (got < 0 && errno == EINTR) continue;
     const std::string where = path + " at byte " + std::to_string(offset);
     if (got < 0) return where + ": " + std::strerror(errno) + " (errno " + std::to_string(errno) + ")";
-    return where + ": the file ends after " + std::to_string(done) + " of " + std::to_string(nbytes) + " bytes";
+    return where + ": the file ends after " + std::to_string(done) + " of " + std::to_string(nbytes) +
+           " bytes";
   }
   return "";
 }
@@ -159,7 +160,8 @@ void Reader::io_loop() {
     ++stats_.reads;
     if (completion.error.empty()) stats_.nbytes += request.nbytes;
     if (--in_flight_ == 0) {
-      stats_.busy_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - busy_since_).count();
+      stats_.busy_seconds +=
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - busy_since_).count();
     }
     completed_.push_back(std::move(completion));
     done_.notify_one();
@@ -176,8 +178,9 @@ std::string Reader::read_all(const ReadRequest& request) const {
   }
 #if defined(__linux__)
   // Buffered reads must not fill the page cache: it counts against the memory budget.
-  if (!direct_) posix_fadvise(file.fd, static_cast<off_t>(request.offset), static_cast<off_t>(request.nbytes),
-                              POSIX_FADV_DONTNEED);
+  if (!direct_)
+    posix_fadvise(file.fd, static_cast<off_t>(request.offset), static_cast<off_t>(request.nbytes),
+                  POSIX_FADV_DONTNEED);
 #endif
   return error;
 }

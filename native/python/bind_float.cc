@@ -28,13 +28,15 @@ int64_t size(const Floats& array) { return static_cast<int64_t>(array.size()); }
 CacheView cache_view(const Cache& cache, int64_t kv_heads, int64_t head_dim) {
   const bool f16 = cache.itemsize() == 2;
   require(cache.itemsize() == 2 || cache.itemsize() == 4, "a cache must be float16 or float32");
-  require(static_cast<int64_t>(cache.shape(0)) == kv_heads && static_cast<int64_t>(cache.shape(2)) == head_dim,
-          "a cache must have shape [kv_heads, context, head_dim]");
+  require(
+      static_cast<int64_t>(cache.shape(0)) == kv_heads && static_cast<int64_t>(cache.shape(2)) == head_dim,
+      "a cache must have shape [kv_heads, context, head_dim]");
   return {cache.data(), f16, static_cast<int64_t>(cache.shape(1)), head_dim};
 }
 
 void rms_norm(FloatOps& ops, const Floats& x, const Floats& w, float eps, const Floats& out) {
-  require(x.ndim() == 2 && size(w) == dim(x, 1) && size(out) == size(x), "x [rows, n], w [n] and out must agree");
+  require(x.ndim() == 2 && size(w) == dim(x, 1) && size(out) == size(x),
+          "x [rows, n], w [n] and out must agree");
   nb::gil_scoped_release release;
   ops.rms_norm(x.data(), w.data(), dim(x, 0), dim(x, 1), eps, out.data());
 }
@@ -64,16 +66,20 @@ void causal_conv1d(FloatOps& ops, const Floats& u, const Floats& w, const Floats
   ops.causal_conv1d(u.data(), w.data(), state.data(), dim(u, 0), dim(u, 1), dim(w, 0), out.data());
 }
 
-void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const Floats& b, const Floats& a_log,
-                      const Floats& dt_bias, const Floats& state, const Floats& out, int64_t key_heads) {
-  require(state.ndim() == 3 && mixed.ndim() == 2, "mixed [tokens, channels], state [value_heads, key_dim, value_dim]");
+void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const Floats& b,
+                      const Floats& a_log, const Floats& dt_bias, const Floats& state, const Floats& out,
+                      int64_t key_heads) {
+  require(state.ndim() == 3 && mixed.ndim() == 2,
+          "mixed [tokens, channels], state [value_heads, key_dim, value_dim]");
   const DeltaShape shape{dim(mixed, 0), key_heads, dim(state, 0), dim(state, 1), dim(state, 2)};
   require(key_heads > 0 && shape.value_heads % key_heads == 0, "key_heads must divide the value heads");
-  require(shape.key_dim <= kMaxHeadDim && shape.key_dim % 4 == 0, "key_dim must be a multiple of 4, at most 512");
+  require(shape.key_dim <= kMaxHeadDim && shape.key_dim % 4 == 0,
+          "key_dim must be a multiple of 4, at most 512");
   require(shape.channels() == dim(mixed, 1), "mixed must hold queries, keys and values side by side");
   const int64_t gates = shape.tokens * shape.value_heads;
   require(size(a) == gates && size(b) == gates, "a and b must be [tokens, value_heads]");
-  require(size(a_log) == shape.value_heads && size(dt_bias) == shape.value_heads, "A_log and dt_bias: [value_heads]");
+  require(size(a_log) == shape.value_heads && size(dt_bias) == shape.value_heads,
+          "A_log and dt_bias: [value_heads]");
   require(size(out) == gates * shape.value_dim, "out must be [tokens, value_heads, value_dim]");
   nb::gil_scoped_release release;
   ops.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), state.data(),
@@ -89,9 +95,10 @@ AttentionShape attention_shape(const Floats& q, const Floats& q_gate, const Cach
   return shape;
 }
 
-void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, const Floats& v, const Floats& q_norm,
-                       const Floats& k_norm, float eps, const Floats& cos, const Floats& sin, int64_t position,
-                       const Floats& q_out, const Cache& keys, const Cache& values) {
+void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, const Floats& v,
+                       const Floats& q_norm, const Floats& k_norm, float eps, const Floats& cos,
+                       const Floats& sin, int64_t position, const Floats& q_out, const Cache& keys,
+                       const Cache& values) {
   AttentionShape shape = attention_shape(q_out, q_gate, keys);
   const CacheView key_view = cache_view(keys, shape.kv_heads, shape.head_dim);
   const CacheView value_view = cache_view(values, shape.kv_heads, shape.head_dim);
@@ -105,8 +112,8 @@ void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, con
   require(position >= 0 && last <= key_view.context && last <= value_view.context && last <= dim(cos, 0),
           "the positions do not fit the cache or the rotary table");
   nb::gil_scoped_release release;
-  ops.attention_prepare(shape, q_gate.data(), k.data(), v.data(), q_norm.data(), k_norm.data(), eps, cos.data(),
-                        sin.data(), position, q_out.data(), key_view, value_view);
+  ops.attention_prepare(shape, q_gate.data(), k.data(), v.data(), q_norm.data(), k_norm.data(), eps,
+                        cos.data(), sin.data(), position, q_out.data(), key_view, value_view);
 }
 
 void attention(FloatOps& ops, const Floats& q, const Cache& keys, const Cache& values, int64_t position,
@@ -139,9 +146,12 @@ void route(FloatOps& ops, const Floats& logits, int64_t k, const Ints& chosen, c
 
 void bind_float(nb::module_& m) {
   nb::class_<FloatOps>(m, "FloatOps")
-      .def("__init__",
-           [](FloatOps* self, ThreadPool& pool, const std::string& isa) { new (self) FloatOps(pool, parse_isa(isa)); },
-           "pool"_a, "isa"_a, nb::keep_alive<1, 2>())
+      .def(
+          "__init__",
+          [](FloatOps* self, ThreadPool& pool, const std::string& isa) {
+            new (self) FloatOps(pool, parse_isa(isa));
+          },
+          "pool"_a, "isa"_a, nb::keep_alive<1, 2>())
       .def("rms_norm", &rms_norm, "x"_a, "w"_a, "eps"_a, "out"_a)
       .def("add_rms_norm", &add_rms_norm, "x"_a, "delta"_a, "w"_a, "eps"_a, "out"_a)
       .def("gated_rms_norm", &gated_rms_norm, "o"_a, "z"_a, "w"_a, "eps"_a, "out"_a)

@@ -40,7 +40,8 @@ nb::list wait(Reader& reader) {
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
   nb::list out;
-  for (const Completion& completion : completions) out.append(nb::make_tuple(completion.tag, completion.error));
+  for (const Completion& completion : completions)
+    out.append(nb::make_tuple(completion.tag, completion.error));
   return out;
 }
 
@@ -48,36 +49,41 @@ nb::list wait(Reader& reader) {
 
 void bind_io(nb::module_& m) {
   nb::class_<BufferHandle>(m, "AlignedBuffer")
-      .def("__init__",
-           [](BufferHandle* self, size_t nbytes, bool huge) {
-             new (self) BufferHandle{std::make_shared<AlignedBuffer>(nbytes, huge)};
-           },
-           "nbytes"_a, "huge"_a)
+      .def(
+          "__init__",
+          [](BufferHandle* self, size_t nbytes, bool huge) {
+            new (self) BufferHandle{std::make_shared<AlignedBuffer>(nbytes, huge)};
+          },
+          "nbytes"_a, "huge"_a)
       .def_prop_ro("nbytes", [](const BufferHandle& self) { return self.buffer->nbytes(); })
       .def_prop_ro("address",
                    [](const BufferHandle& self) { return reinterpret_cast<uintptr_t>(self.buffer->data()); })
       .def("array", [](BufferHandle& self) {
         // The array's owner is a second reference to the mapping: it may outlive the handle.
         auto* keep = new std::shared_ptr<AlignedBuffer>(self.buffer);
-        nb::capsule owner(keep, [](void* p) noexcept { delete static_cast<std::shared_ptr<AlignedBuffer>*>(p); });
-        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(self.buffer->data(), {self.buffer->nbytes()}, owner);
+        nb::capsule owner(keep,
+                          [](void* p) noexcept { delete static_cast<std::shared_ptr<AlignedBuffer>*>(p); });
+        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(self.buffer->data(), {self.buffer->nbytes()},
+                                                            owner);
       });
   nb::class_<Reader>(m, "Reader")
-      .def("__init__",
-           [](Reader* self, std::vector<std::string> paths, const std::string& direct, int queue_depth) {
-             try {
-               new (self) Reader(std::move(paths), parse_mode(direct), queue_depth);
-             } catch (const std::system_error& error) {
-               throw std::invalid_argument(error.what());
-             }
-           },
-           "paths"_a, "direct"_a, "queue_depth"_a)
-      .def("submit",
-           [](Reader& self, size_t file, uint64_t offset, size_t nbytes, const BufferHandle& buffer,
-              size_t buffer_offset, int64_t tag, bool prefetch) {
-             self.submit({file, offset, nbytes, buffer.buffer, buffer_offset, tag, prefetch});
-           },
-           "file"_a, "offset"_a, "nbytes"_a, "buffer"_a, "buffer_offset"_a, "tag"_a, "prefetch"_a = false)
+      .def(
+          "__init__",
+          [](Reader* self, std::vector<std::string> paths, const std::string& direct, int queue_depth) {
+            try {
+              new (self) Reader(std::move(paths), parse_mode(direct), queue_depth);
+            } catch (const std::system_error& error) {
+              throw std::invalid_argument(error.what());
+            }
+          },
+          "paths"_a, "direct"_a, "queue_depth"_a)
+      .def(
+          "submit",
+          [](Reader& self, size_t file, uint64_t offset, size_t nbytes, const BufferHandle& buffer,
+             size_t buffer_offset, int64_t tag, bool prefetch) {
+            self.submit({file, offset, nbytes, buffer.buffer, buffer_offset, tag, prefetch});
+          },
+          "file"_a, "offset"_a, "nbytes"_a, "buffer"_a, "buffer_offset"_a, "tag"_a, "prefetch"_a = false)
       .def("wait", &wait)
       .def_prop_ro("outstanding", &Reader::outstanding)
       .def_prop_ro("direct", &Reader::direct)

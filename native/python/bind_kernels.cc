@@ -57,19 +57,20 @@ Weight tile_weight(const Bytes& tiles, int64_t rows, int64_t cols, int bits, int
   return {w, rows, cols, nb::cast(tiles)};
 }
 
-Weight dense_weight(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& data, int64_t rows, int64_t cols,
-                    const std::string& type) {
+Weight dense_weight(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& data, int64_t rows,
+                    int64_t cols, const std::string& type) {
   const bool f32 = type == "f32";
   require(f32 || type == "bf16" || type == "f16", "type must be f32, bf16 or f16");
   require(rows > 0 && cols > 0, "rows and cols must be positive");
-  require(static_cast<int64_t>(data.nbytes()) == rows * cols * (f32 ? 4 : 2), "the data's size does not match");
-  const auto kind = f32 ? DenseMatrix::Type::f32
-                        : (type == "bf16" ? DenseMatrix::Type::bf16 : DenseMatrix::Type::f16);
+  require(static_cast<int64_t>(data.nbytes()) == rows * cols * (f32 ? 4 : 2),
+          "the data's size does not match");
+  const auto kind =
+      f32 ? DenseMatrix::Type::f32 : (type == "bf16" ? DenseMatrix::Type::bf16 : DenseMatrix::Type::f16);
   return {DenseMatrix{data.data(), rows, cols, kind}, rows, cols, nb::cast(data)};
 }
 
-FfnLayout ffn_layout(int64_t hidden, int64_t intermediate, std::pair<int, int> gate_up, std::pair<int, int> down,
-                     bool f16_gate_up, bool f16_down) {
+FfnLayout ffn_layout(int64_t hidden, int64_t intermediate, std::pair<int, int> gate_up,
+                     std::pair<int, int> down, bool f16_gate_up, bool f16_down) {
   FfnLayout layout;
   layout.hidden = hidden;
   layout.intermediate = intermediate;
@@ -85,7 +86,8 @@ int64_t ffn_nbytes(const FfnLayout& layout) {
   return layout.down_offset + layout.down.row_tiles() * layout.down.groups * layout.down.tile_stride;
 }
 
-void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights, const std::vector<Floats>& outs) {
+void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
+            const std::vector<Floats>& outs) {
   require(x.ndim() == 2, "x must have shape [tokens, cols]");
   require(weights.size() == outs.size() && weights.size() <= 8, "one out for each weight, at most 8");
   const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
@@ -120,8 +122,9 @@ void prepare(QuantOps& ops, TokenInput& input, const Floats& x, int group) {
 
 // addresses[j] serves the pairs [offsets[j], offsets[j + 1]).
 void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
-                const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& offsets, const Ints& tokens,
-                const Ints& rows, const Floats& out, const std::optional<Floats>& weights) {
+                const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& offsets,
+                const Ints& tokens, const Ints& rows, const Floats& out,
+                const std::optional<Floats>& weights) {
   const int64_t pairs = static_cast<int64_t>(tokens.size());
   require(offsets.size() == addresses.size() + 1 && offsets.front() == 0 && offsets.back() == pairs,
           "offsets must run from 0 to the number of pairs");
@@ -136,7 +139,8 @@ void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
   }
   std::vector<ExpertJob> jobs(addresses.size());
   for (size_t j = 0; j < jobs.size(); ++j) {
-    require(offsets[j] <= offsets[j + 1] && addresses[j] != 0, "offsets must not fall, addresses must not be 0");
+    require(offsets[j] <= offsets[j + 1] && addresses[j] != 0,
+            "offsets must not fall, addresses must not be 0");
     jobs[j] = {reinterpret_cast<const uint8_t*>(addresses[j]), offsets[j], offsets[j + 1] - offsets[j]};
   }
   nb::gil_scoped_release release;
@@ -147,10 +151,12 @@ void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
 }
 
 void combine(QuantOps& ops, const Floats& y, const Ints& rows, const Floats& weights, const Floats& out) {
-  require(y.ndim() == 2 && out.ndim() == 2 && y.shape(1) == out.shape(1), "y and out must be 2-D, equal columns");
+  require(y.ndim() == 2 && out.ndim() == 2 && y.shape(1) == out.shape(1),
+          "y and out must be 2-D, equal columns");
   require(rows.size() == weights.size() && rows.size() <= y.shape(0), "one row and weight for each y");
   for (size_t p = 0; p < rows.size(); ++p) {
-    require(rows.data()[p] >= 0 && rows.data()[p] < static_cast<int64_t>(out.shape(0)), "a row is out of range");
+    require(rows.data()[p] >= 0 && rows.data()[p] < static_cast<int64_t>(out.shape(0)),
+            "a row is out of range");
   }
   nb::gil_scoped_release release;
   ops.combine(y.data(), static_cast<int64_t>(y.shape(1)), {rows.data(), rows.size()},
@@ -180,20 +186,25 @@ void bind_kernels(nb::module_& m) {
     const IsaChoice choice = choose_isa();
     return std::make_pair(std::string(isa_name(choice.isa)), choice.reason);
   });
-  nb::class_<ThreadPool>(m, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::init<int>(), "threads"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
   nb::class_<Weight>(m, "Weight").def_ro("rows", &Weight::rows).def_ro("cols", &Weight::cols);
   m.def("tile_weight", &tile_weight, "tiles"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a);
   m.def("dense_weight", &dense_weight, "data"_a, "rows"_a, "cols"_a, "type"_a);
-  nb::class_<FfnLayout>(m, "FfnLayout").def_prop_ro("nbytes", &ffn_nbytes).def_ro("down_offset", &FfnLayout::down_offset);
+  nb::class_<FfnLayout>(m, "FfnLayout")
+      .def_prop_ro("nbytes", &ffn_nbytes)
+      .def_ro("down_offset", &FfnLayout::down_offset);
   m.def("ffn_layout", &ffn_layout, "hidden"_a, "intermediate"_a, "gate_up"_a, "down"_a, "f16_gate_up"_a,
         "f16_down"_a);
   nb::class_<TokenInput>(m, "TokenInput").def(nb::init<>()).def_prop_ro("nbytes", &TokenInput::nbytes);
   nb::class_<QuantOps>(m, "QuantOps")
-      .def("__init__",
-           [](QuantOps* self, ThreadPool& pool, const std::string& isa, bool int8) {
-             new (self) QuantOps(pool, parse_isa(isa), int8);
-           },
-           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
+      .def(
+          "__init__",
+          [](QuantOps* self, ThreadPool& pool, const std::string& isa, bool int8) {
+            new (self) QuantOps(pool, parse_isa(isa), int8);
+          },
+          "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
       .def("linear", &linear, "x"_a, "weights"_a, "outs"_a)
       .def("embed", &embed, "table"_a, "ids"_a, "out"_a)
       .def("prepare", &prepare, "input"_a, "x"_a, "group"_a)

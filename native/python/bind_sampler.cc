@@ -25,16 +25,18 @@ int32_t sample(Sampler& self, const Logits& logits, const std::optional<Mask>& a
 
 void bind_sampler(nb::module_& m) {
   nb::class_<Sampler>(m, "Sampler")
-      .def("__init__",
-           [](Sampler* self, float temperature, int64_t top_k, float top_p, float min_p, float presence_penalty,
-              float frequency_penalty, float repetition_penalty, uint64_t seed) {
-             new (self) Sampler({temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
-                                 repetition_penalty, seed});
-           },
-           "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "presence_penalty"_a, "frequency_penalty"_a,
-           "repetition_penalty"_a, "seed"_a)
-      .def("observe_prompt", [](Sampler& self, const Ids& ids) { self.observe_prompt({ids.data(), ids.size()}); },
-           "ids"_a)
+      .def(
+          "__init__",
+          [](Sampler* self, float temperature, int64_t top_k, float top_p, float min_p,
+             float presence_penalty, float frequency_penalty, float repetition_penalty, uint64_t seed) {
+            new (self) Sampler({temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
+                                repetition_penalty, seed});
+          },
+          "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "presence_penalty"_a, "frequency_penalty"_a,
+          "repetition_penalty"_a, "seed"_a)
+      .def(
+          "observe_prompt",
+          [](Sampler& self, const Ids& ids) { self.observe_prompt({ids.data(), ids.size()}); }, "ids"_a)
       .def("sample", &sample, "logits"_a, "allowed"_a = nb::none())
       .def_prop_ro("probability", &Sampler::probability);
 }

@@ -39,7 +39,8 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int64_t count, Entry entry, void* context) {
-  if (count >= static_cast<int64_t>(kClosed)) throw std::invalid_argument("too many tasks for one parallel_for");
+  if (count >= static_cast<int64_t>(kClosed))
+    throw std::invalid_argument("too many tasks for one parallel_for");
   // Close first, then write the job, then open: a late worker that read the old ticket together with the
   // new job fails its compare-exchange, because it has seen a write that follows the closing one.
   const uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;

@@ -58,7 +58,7 @@ def text_config(spec: TinySpec) -> dict[str, Any]:
 
 
 def multimodal_config(spec: TinySpec) -> dict[str, Any]:
-    """config.json as the released multimodal checkpoints have it; layer kinds by interval where that is enough."""
+    """config.json as the released multimodal checkpoints have it; layer kinds by interval where enough."""
     text = text_config(spec) | {
         "attn_output_gate": True,
         "mamba_ssm_dtype": "float32",

@@ -10,9 +10,9 @@
 
 namespace flashmoe {
 
-constexpr int64_t kMaxHeadDim = 512;    // head_dim, key_dim and value_dim limits of the stack buffers below
-constexpr int64_t kKeyBlock = 64;       // keys of one online-softmax step, aligned to absolute positions
-constexpr int64_t kHeadsPerTask = 8;    // query heads that share one pass over keys and values
+constexpr int64_t kMaxHeadDim = 512;  // head_dim, key_dim and value_dim limits of the stack buffers below
+constexpr int64_t kKeyBlock = 64;     // keys of one online-softmax step, aligned to absolute positions
+constexpr int64_t kHeadsPerTask = 8;  // query heads that share one pass over keys and values
 
 struct CacheView {
   void* data = nullptr;  // [kv_heads, context, head_dim]
@@ -23,18 +23,18 @@ struct CacheView {
 
 struct DeltaStep {
   // Of one value head, for `tokens` tokens; strides are floats from token to token.
-  const float* q = nullptr;      // normalised and scaled, [key_dim]
-  const float* k = nullptr;      // normalised, [key_dim]
+  const float* q = nullptr;  // normalised and scaled, [key_dim]
+  const float* k = nullptr;  // normalised, [key_dim]
   int64_t qk_stride = 0;
-  const float* kq = nullptr;     // k . q
+  const float* kq = nullptr;  // k . q
   int64_t kq_stride = 0;
-  const float* v = nullptr;      // [value_dim]
+  const float* v = nullptr;  // [value_dim]
   int64_t v_stride = 0;
   const float* beta = nullptr;
   const float* decay = nullptr;  // exp(g)
   int64_t gate_stride = 0;
-  float* state = nullptr;        // [key_dim, value_dim]
-  float* out = nullptr;          // [value_dim]
+  float* state = nullptr;  // [key_dim, value_dim]
+  float* out = nullptr;    // [value_dim]
   int64_t out_stride = 0;
   int64_t tokens = 0;
   int64_t key_dim = 0;
@@ -46,10 +46,10 @@ struct AttentionTask {
   const float* gate = nullptr;  // heads are 2 * head_dim apart
   CacheView keys, values;
   int64_t kv_head = 0;
-  int64_t heads = 0;            // at most kHeadsPerTask
-  int64_t visible = 0;          // keys 0 .. visible - 1
+  int64_t heads = 0;    // at most kHeadsPerTask
+  int64_t visible = 0;  // keys 0 .. visible - 1
   float scale = 0.0f;
-  float* out = nullptr;         // [heads, head_dim]
+  float* out = nullptr;  // [heads, head_dim]
 };
 
 struct FloatKernels {
@@ -59,7 +59,8 @@ struct FloatKernels {
   void (*add)(float* x, const float* delta, int64_t n);
   // out = o / sqrt(mean(o^2) + eps) * w * silu(z)
   void (*gated_rms_norm)(const float* o, const float* z, const float* w, int64_t n, float eps, float* out);
-  // Channels [begin, end): out = silu(sum_j w[j, c] * u[t - K + 1 + j, c]); state [K-1, C] holds the rows before u.
+  // Channels [begin, end): out = silu(sum_j w[j, c] * u[t - K + 1 + j, c]); state [K-1, C] holds the rows
+  // before u.
   void (*causal_conv)(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
                       int64_t taps, int64_t begin, int64_t end, float* out);
   // out = x * factor / sqrt(sum(x^2) + 1e-6)

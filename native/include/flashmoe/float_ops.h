@@ -25,22 +25,25 @@ class FloatOps {
   FloatOps(ThreadPool& pool, Isa isa) : pool_(pool), kernels_(float_kernels(isa)) {}
 
   void rms_norm(const float* x, const float* w, int64_t rows, int64_t n, float eps, float* out);
-  void add_rms_norm(float* x, const float* delta, const float* w, int64_t rows, int64_t n, float eps, float* out);
+  void add_rms_norm(float* x, const float* delta, const float* w, int64_t rows, int64_t n, float eps,
+                    float* out);
   // rows of n values: one norm each.
   void gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n, float eps,
                       float* out);
   // w: [taps, channels].
-  void causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels, int64_t taps,
-                     float* out);
+  void causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
+                     int64_t taps, float* out);
   void gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
                         const float* a_log, const float* dt_bias, float* state, float* out);
   void attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
-                         const float* q_norm, const float* k_norm, float eps, const float* cos, const float* sin,
-                         int64_t position, float* q_out, const CacheView& keys, const CacheView& values);
+                         const float* q_norm, const float* k_norm, float eps, const float* cos,
+                         const float* sin, int64_t position, float* q_out, const CacheView& keys,
+                         const CacheView& values);
   void attention(const AttentionShape& shape, const float* q, const CacheView& keys, const CacheView& values,
                  int64_t position, const float* q_gate, float* out);
   // Returns false when a logit is not a number.
-  bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen, float* weights);
+  bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
+             float* weights);
 
   int64_t scratch_nbytes() const { return scratch_.nbytes(); }
 

@@ -9,8 +9,9 @@
 //               acc = fma(b_rg, xsum_g, acc)
 //   f32 path:   d = fma over the group's columns ascending of q * x;  acc = fma(s_rg, d, acc);
 //               acc = fma(b_rg, xsum_g, acc)
-// with g ascending.  d is exact: at most 64 * 255 * 16,256 = 2.7e8.  xsum_g is the sum of the quantised values, so
-// that the rounding errors of both terms cancel as far as a weight's code and bias do (docs/experiments.md).
+// with g ascending.  d is exact: at most 64 * 255 * 16,256 = 2.7e8.  xsum_g is the sum of the quantised
+// values, so that the rounding errors of both terms cancel as far as a weight's code and bias do
+// (docs/experiments.md).
 #pragma once
 
 #include <cstdint>
@@ -24,11 +25,11 @@ constexpr int64_t kTileRows = 16;
 struct TileMatrix {
   const uint8_t* tiles = nullptr;
   int64_t rows = 0;
-  int64_t groups = 0;      // tiles per row tile
-  int64_t tile_stride = 0; // bytes from one tile of a row tile to the next (two tiles when interleaved)
-  int bits = 4;            // 2, 3, 4 or 8
-  int group = 64;          // columns of a tile: 32 or 64
-  bool f16_scales = false; // bf16 otherwise
+  int64_t groups = 0;       // tiles per row tile
+  int64_t tile_stride = 0;  // bytes from one tile of a row tile to the next (two tiles when interleaved)
+  int bits = 4;             // 2, 3, 4 or 8
+  int group = 64;           // columns of a tile: 32 or 64
+  bool f16_scales = false;  // bf16 otherwise
 
   int64_t tile_nbytes() const { return kTileRows * group * bits / 8 + 4 * kTileRows; }
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
@@ -36,7 +37,7 @@ struct TileMatrix {
 
 // Activations of some tokens: rows of `cols` = groups * group values.  q is null on the f32 path.
 struct Activations {
-  const int8_t* q = nullptr;     // [tokens, 2, cols]: high plane, low plane
+  const int8_t* q = nullptr;  // [tokens, 2, cols]: high plane, low plane
   const float* x = nullptr;
   const float* scale = nullptr;  // [tokens, groups]
   const float* sum = nullptr;    // [tokens, groups]
@@ -78,7 +79,8 @@ struct QuantKernels {
   void (*accumulate)(float weight, const float* y, int64_t n, float* out);
   // out[i] = 1 / (1 + exp(-x[i])) for i < n.
   void (*sigmoid)(const float* x, int64_t n, float* out);
-  // Reads every cache line of [data, data + nbytes) once, nbytes % 64 == 0; the result only keeps the reads alive.
+  // Reads every cache line of [data, data + nbytes) once, nbytes % 64 == 0; the result only keeps the reads
+  // alive.
   uint32_t (*read_all)(const uint8_t* data, int64_t nbytes);
 };
 

@@ -19,8 +19,8 @@ enum class DirectMode { automatic, on, off };
 
 struct ReadRequest {
   size_t file = 0;
-  uint64_t offset = 0;  // multiple of kBlock
-  size_t nbytes = 0;    // direct reads: whole blocks, except for a tail that ends the file
+  uint64_t offset = 0;                    // multiple of kBlock
+  size_t nbytes = 0;                      // direct reads: whole blocks, except for a tail that ends the file
   std::shared_ptr<AlignedBuffer> buffer;  // kept alive until the completion has been handed out
   size_t buffer_offset = 0;               // multiple of kBlock
   int64_t tag = 0;
@@ -39,7 +39,8 @@ struct ReaderStats {
   uint64_t max_in_flight = 0;
 };
 
-// Thread-safe: any thread may submit and wait.  Every submitted read completes exactly once, failures included.
+// Thread-safe: any thread may submit and wait.  Every submitted read completes exactly once, failures
+// included.
 class Reader {
  public:
   // Opens every file.  Throws std::system_error (message: the path) when one cannot be opened, and, with

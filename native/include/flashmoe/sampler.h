@@ -13,9 +13,10 @@ struct SamplingSettings {
   int64_t top_k = 0;         // 0: all
   float top_p = 1.0f;
   float min_p = 0.0f;
-  float presence_penalty = 0.0f;    // subtracted once from tokens generated before
-  float frequency_penalty = 0.0f;   // subtracted for each time a token was generated
-  float repetition_penalty = 1.0f;  // divides positive, multiplies negative logits of prompt and generated tokens
+  float presence_penalty = 0.0f;   // subtracted once from tokens generated before
+  float frequency_penalty = 0.0f;  // subtracted for each time a token was generated
+  float repetition_penalty =
+      1.0f;  // divides positive, multiplies negative logits of prompt and generated tokens
   uint64_t seed = 0;
 };
 

@@ -11,7 +11,8 @@
   FLASHMOE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define FLASHMOE_TARGET_END FLASHMOE_PRAGMA(clang attribute pop)
 #else
-#define FLASHMOE_TARGET_BEGIN(features) FLASHMOE_PRAGMA(GCC push_options) FLASHMOE_PRAGMA(GCC target(features))
+#define FLASHMOE_TARGET_BEGIN(features) \
+  FLASHMOE_PRAGMA(GCC push_options) FLASHMOE_PRAGMA(GCC target(features))
 #define FLASHMOE_TARGET_END FLASHMOE_PRAGMA(GCC pop_options)
 #endif
 

@@ -34,7 +34,8 @@ class ThreadPool {
       return;
     }
     using Plain = std::remove_reference_t<Task>;
-    run(count, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); },
+    run(
+        count, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); },
         const_cast<void*>(static_cast<const void*>(&task)));
   }
 

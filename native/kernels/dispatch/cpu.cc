@@ -28,8 +28,8 @@ std::vector<Isa> supported_isas() {
   std::vector<Isa> isas = {Isa::scalar};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2) isas.push_back(Isa::avx2);
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -49,7 +49,8 @@ IsaChoice choose_isa() {
   for (Isa have : isas) {
     if (have == isa) return {isa, "FLASHMOE_CPU asks for it"};
   }
-  throw std::invalid_argument("FLASHMOE_CPU=" + std::string(wanted) + " is not supported by this machine: unset it");
+  throw std::invalid_argument("FLASHMOE_CPU=" + std::string(wanted) +
+                              " is not supported by this machine: unset it");
 }
 
 }  // namespace flashmoe

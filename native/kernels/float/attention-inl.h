@@ -21,7 +21,8 @@ void store_cache(const CacheView& cache, int64_t kv_head, int64_t position, cons
     }
     uint16_t half[16];
     store_f16(half, v);
-    __builtin_memcpy(static_cast<uint16_t*>(cache.data) + at + i, half, static_cast<size_t>(2 * (n < 16 ? n : 16)));
+    __builtin_memcpy(static_cast<uint16_t*>(cache.data) + at + i, half,
+                     static_cast<size_t>(2 * (n < 16 ? n : 16)));
   }
 }
 

@@ -14,7 +14,8 @@ void causal_conv(const float* u, const float* w, float* state, int64_t tokens, i
       }
       store_n(out + t * channels + c, silu(acc), n);
     }
-    // Row i of the new state is row tokens + i of (state, u): it lies ahead, so ascending order is safe in place.
+    // Row i of the new state is row tokens + i of (state, u): it lies ahead, so ascending order is safe in
+    // place.
     for (int64_t i = 0; i < past; ++i) {
       const int64_t row = tokens + i - past;
       const float* x = row < 0 ? state + (row + past) * channels : u + row * channels;
@@ -23,8 +24,8 @@ void causal_conv(const float* u, const float* w, float* state, int64_t tokens, i
   }
 }
 
-// Sums over keys run in four chains (k modulo 4), added pairwise: the same in the first read of the state and in
-// the reads that are fused with the previous token's update.
+// Sums over keys run in four chains (k modulo 4), added pairwise: the same in the first read of the state and
+// in the reads that are fused with the previous token's update.
 struct KeySums {
   F32x16 with_k[4], with_q[4];
 };

@@ -44,8 +44,8 @@ void FloatOps::add_rms_norm(float* x, const float* delta, const float* w, int64_
   });
 }
 
-void FloatOps::gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n, float eps,
-                              float* out) {
+void FloatOps::gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n,
+                              float eps, float* out) {
   const int64_t step = rows_per_task(n);
   pool_.parallel_for((rows + step - 1) / step, [&](int64_t task) {
     for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) {
@@ -59,7 +59,8 @@ void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64
   constexpr int64_t kChannels = 1024;
   pool_.parallel_for((channels + kChannels - 1) / kChannels, [&](int64_t task) {
     const int64_t begin = task * kChannels;
-    kernels_.causal_conv(u, w, state, tokens, channels, taps, begin, std::min(begin + kChannels, channels), out);
+    kernels_.causal_conv(u, w, state, tokens, channels, taps, begin, std::min(begin + kChannels, channels),
+                         out);
   });
 }
 
@@ -81,7 +82,8 @@ void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, con
       kq[t * shape.key_heads + h] = kernels_.dot(q + at, k + at, shape.key_dim);
     }
     for (int64_t h = 0; h < heads; ++h) {
-      const double g = -std::exp(static_cast<double>(a_log[h])) * softplus(double{a[t * heads + h]} + dt_bias[h]);
+      const double g =
+          -std::exp(static_cast<double>(a_log[h])) * softplus(double{a[t * heads + h]} + dt_bias[h]);
       beta[t * heads + h] = static_cast<float>(1.0 / (1.0 + std::exp(-double{b[t * heads + h]})));
       decay[t * heads + h] = static_cast<float>(std::exp(g));
     }
@@ -110,10 +112,10 @@ void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, con
   });
 }
 
-void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
-                                 const float* q_norm, const float* k_norm, float eps, const float* cos,
-                                 const float* sin, int64_t position, float* q_out, const CacheView& keys,
-                                 const CacheView& values) {
+void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k,
+                                 const float* v, const float* q_norm, const float* k_norm, float eps,
+                                 const float* cos, const float* sin, int64_t position, float* q_out,
+                                 const CacheView& keys, const CacheView& values) {
   const int64_t dim = shape.head_dim, half = shape.rotated / 2;
   pool_.parallel_for(shape.tokens, [&](int64_t t) {
     const float* c = cos + (position + t) * half;

@@ -21,7 +21,8 @@ void rms_norm(const float* x, const float* w, int64_t n, float eps, float* out) 
 }
 
 void add_rows(float* x, const float* delta, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) store_n(x + i, add(load_n(x + i, n - i), load_n(delta + i, n - i)), n - i);
+  for (int64_t i = 0; i < n; i += 16)
+    store_n(x + i, add(load_n(x + i, n - i), load_n(delta + i, n - i)), n - i);
 }
 
 void gated_rms_norm(const float* o, const float* z, const float* w, int64_t n, float eps, float* out) {

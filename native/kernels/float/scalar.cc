@@ -1,5 +1,5 @@
-#include "flashmoe/float_kernels.h"
 #include "flashmoe/simd/scalar.h"
+#include "flashmoe/float_kernels.h"
 
 namespace flashmoe::scalar {
 

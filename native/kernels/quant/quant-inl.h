@@ -3,7 +3,8 @@
 //   U8x64 u8_load(p); u8_and(v, u8); u8_shr(v, bits); u8_shl(v, bits); u8_or(a, b)      bytes of 16 u32 lanes
 //   I32x16 i32_zero(); dot4(acc, codes <= 127, four int8 in an int32); dot4_wide(acc, codes <= 255, ...)
 //   F32x16 to_f32(I32x16); F32x16 byte_f32(U8x64, byte 0..3); F32x16 load_scales(p, f16)
-//   I32x16 round_i32(F32x16); I32x16 i32_add(a, b); i32_shl7(v); void split_planes(I32x16, int8_t* high, int8_t* low)
+//   I32x16 round_i32(F32x16); I32x16 i32_add(a, b); i32_shl7(v); void split_planes(I32x16, int8_t* high,
+//   int8_t* low)
 
 namespace {
 
@@ -63,8 +64,10 @@ FLASHMOE_INLINE I32x16 dot_any(I32x16 acc, U8x64 codes, int bits, int32_t x4) {
   return bits == 8 ? dot4_wide(acc, codes, x4) : dot4(acc, codes, x4);
 }
 
-// Exact integer product of one group: the planes are separate chains, which also hides the dot product's latency.
-FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, int bits, int group, const int8_t* high, const int8_t* low) {
+// Exact integer product of one group: the planes are separate chains, which also hides the dot product's
+// latency.
+FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, int bits, int group, const int8_t* high,
+                                 const int8_t* low) {
   I32x16 sum_high = i32_zero(), sum_low = i32_zero();
   for (int i = 0; i < group / 4; ++i) {
     sum_high = dot_any(sum_high, columns[i], bits, load_x4(high + 4 * i));
@@ -83,7 +86,7 @@ FLASHMOE_INLINE F32x16 group_dot_f32(const U8x64* columns, int group, const floa
 
 // acc += this group's share of the product for one token.
 FLASHMOE_INLINE F32x16 add_group(F32x16 acc, const U8x64* columns, int bits, int group, F32x16 scales,
-                                      F32x16 biases, const Activations& x, int64_t row, int64_t g) {
+                                 F32x16 biases, const Activations& x, int64_t row, int64_t g) {
   const float sum = x.sum[row * x.groups + g];
   if (x.q != nullptr) {
     const int8_t* high = x.q + 2 * row * x.cols + g * group;
@@ -97,8 +100,8 @@ FLASHMOE_INLINE F32x16 add_group(F32x16 acc, const U8x64* columns, int bits, int
 
 // One row tile (16 rows) times a block of tokens; `acc` holds one vector a token.
 FLASHMOE_INLINE void tile_times_tokens(const uint8_t* tile, int64_t stride, int64_t groups, int bits,
-                                            int group, bool f16, const Activations& x, const int32_t* in,
-                                            int64_t first, int64_t count, F32x16* acc) {
+                                       int group, bool f16, const Activations& x, const int32_t* in,
+                                       int64_t first, int64_t count, F32x16* acc) {
   const int64_t payload = kTileRows * group * bits / 8;
   for (int64_t t = 0; t < count; ++t) acc[t] = zero();
   for (int64_t g = 0; g < groups; ++g, tile += stride) {
@@ -120,7 +123,8 @@ void tile_block(const TileMatrix& w, const uint8_t* tile, const Activations& x, 
                 int64_t first, int64_t count, F32x16* acc) {
   const int64_t stride = w.tile_stride;
   if (w.bits == 4 && w.group == 64) {
-    if (count == 1) return tile_times_tokens(tile, stride, w.groups, 4, 64, w.f16_scales, x, in, first, 1, acc);
+    if (count == 1)
+      return tile_times_tokens(tile, stride, w.groups, 4, 64, w.f16_scales, x, in, first, 1, acc);
     return tile_times_tokens(tile, stride, w.groups, 4, 64, w.f16_scales, x, in, first, count, acc);
   }
   if (w.bits == 8 && w.group == 64) {
@@ -273,7 +277,7 @@ uint32_t read_all(const uint8_t* data, int64_t nbytes) {
   return first;
 }
 
-constexpr QuantKernels kTable = {quantize,       group_sums, matmul,     matmul_glu,  dequantize_row,
-                                 dense,          accumulate, sigmoid_all, read_all};
+constexpr QuantKernels kTable = {quantize, group_sums, matmul,      matmul_glu, dequantize_row,
+                                 dense,    accumulate, sigmoid_all, read_all};
 
 }  // namespace

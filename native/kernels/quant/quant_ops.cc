@@ -166,7 +166,8 @@ double QuantOps::read_bandwidth(const uint8_t* data, int64_t nbytes) {
     const auto start = std::chrono::steady_clock::now();
     pool_.parallel_for(tasks_of(nbytes, kBlock), [&](int64_t task) {
       const int64_t begin = task * kBlock;
-      sink.fetch_or(kernels_.read_all(data + begin, std::min(kBlock, nbytes - begin)), std::memory_order_relaxed);
+      sink.fetch_or(kernels_.read_all(data + begin, std::min(kBlock, nbytes - begin)),
+                    std::memory_order_relaxed);
     });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(nbytes) / elapsed.count());

@@ -1,6 +1,6 @@
 // The definition of the quantised kernels in plain C++; every other file must give the same bits.
-#include "flashmoe/quant_kernels.h"
 #include "flashmoe/simd/scalar.h"
+#include "flashmoe/quant_kernels.h"
 
 #include <cmath>
 #include <cstring>
@@ -45,7 +45,8 @@ inline I32x16 dot4_wide(I32x16 acc, U8x64 codes, int32_t x4) {
   const uint32_t x = static_cast<uint32_t>(x4);
   for (int i = 0; i < 16; ++i) {
     for (int b = 0; b < 4; ++b) {
-      acc.lane[i] += static_cast<int32_t>((codes.lane[i] >> (8 * b)) & 0xff) * static_cast<int8_t>(x >> (8 * b));
+      acc.lane[i] +=
+          static_cast<int32_t>((codes.lane[i] >> (8 * b)) & 0xff) * static_cast<int8_t>(x >> (8 * b));
     }
   }
   return acc;

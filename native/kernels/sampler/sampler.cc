@@ -43,7 +43,9 @@ void Sampler::penalise(std::span<float> logits) const {
 
 // Candidates: allowed tokens that could still matter, unordered, logits divided by the temperature.
 void Sampler::gather(std::span<const float> logits, std::span<const uint32_t> allowed) {
-  const auto is_allowed = [&](size_t id) { return allowed.empty() || ((allowed[id / 32] >> (id % 32)) & 1u) != 0; };
+  const auto is_allowed = [&](size_t id) {
+    return allowed.empty() || ((allowed[id / 32] >> (id % 32)) & 1u) != 0;
+  };
   float largest = -INFINITY;
   bool any = false;
   for (size_t id = 0; id < logits.size(); ++id) {
@@ -58,7 +60,8 @@ void Sampler::gather(std::span<const float> logits, std::span<const uint32_t> al
   candidates_.clear();
   for (size_t id = 0; id < logits.size(); ++id) {
     if (logits[id] >= limit && is_allowed(id)) {
-      candidates_.push_back({greedy ? logits[id] : logits[id] / settings_.temperature, static_cast<int32_t>(id)});
+      candidates_.push_back(
+          {greedy ? logits[id] : logits[id] / settings_.temperature, static_cast<int32_t>(id)});
       if (greedy) return;
     }
   }
@@ -70,8 +73,8 @@ void Sampler::keep_top_k() {
   };
   const size_t k = settings_.top_k > 0 ? static_cast<size_t>(settings_.top_k) : candidates_.size();
   if (k < candidates_.size()) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(k), candidates_.end(),
-                     before);
+    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(k),
+                     candidates_.end(), before);
     candidates_.resize(k);
   }
   std::sort(candidates_.begin(), candidates_.end(), before);

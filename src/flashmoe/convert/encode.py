@@ -12,7 +12,7 @@ from flashmoe.checkpoint import AffineMatrix, Matrix, Run
 from flashmoe.checkpoint.dtypes import HalfType, f32_to_half, is_exact
 from flashmoe.convert.quantize import quantize
 
-_BATCH_VALUES = 1 << 23  # values in flight: 32 MiB as float32, about 150 MiB with every temporary
+_BATCH_VALUES = 1 << 21  # values in flight: 8 MiB as float32, about 40 MiB with every temporary
 
 
 @dataclass(frozen=True)

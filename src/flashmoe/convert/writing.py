@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
+from flashmoe.bundle.codecs import U8
 from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import PartialFile
 from flashmoe.convert.journal import JOURNAL_FILE, Journal, PieceRecord
-from flashmoe.convert.units import Unit
+from flashmoe.convert.units import Piece, Unit
+from flashmoe.env import cpu_count
 from flashmoe.errors import BundleError
 from flashmoe.types import format_size
 
 # At most this much work is lost to a kill; syncing every record would halve the speed of a slow drive.
 _SYNC_NBYTES = 64 << 20
+_AHEAD_NBYTES = 64 << 20  # larger pieces are made chunk by chunk as they are written, to bound memory
+_AHEAD = 4  # pieces in the making at once; each may take some 100 MiB
 _SPARE_NBYTES = 16 << 20  # manifest, journal and the file system's own needs
 
 
@@ -72,8 +79,8 @@ class UnitWriter:
             self._journal.keep(unit.key, kept)
             self._advance(file.offset)
             pending: list[PieceRecord] = []
-            for index in range(kept, unit.count):
-                pending.append(self._write_piece(file, unit, index))
+            for piece, chunks in _made(unit, kept):
+                pending.append(self._write_piece(file, piece, chunks))
                 if file.unsynced >= _SYNC_NBYTES:
                     file.sync()
                     self._journal.add(unit.key, pending)
@@ -82,18 +89,40 @@ class UnitWriter:
             self._journal.add(unit.key, pending)
             file.finish()
 
-    def _write_piece(self, file: PartialFile, unit: Unit, index: int) -> PieceRecord:
-        piece, start = unit.piece(index), file.offset
+    def _write_piece(self, file: PartialFile, piece: Piece, chunks: Iterable[U8]) -> PieceRecord:
+        start = file.offset
         digest = xxhash.xxh3_64()
-        for chunk in piece.make():
+        for chunk in chunks:
             file.write(chunk)
             digest.update(chunk.reshape(-1).data)
             self._advance(chunk.nbytes)
         written = file.offset - start
-        assert written == piece.nbytes, f"{unit.file}: {piece.name} has {written} bytes, not {piece.nbytes}"
+        assert written == piece.nbytes, f"{file.path}: {piece.name} has {written} bytes, not {piece.nbytes}"
         return piece.nbytes, digest.hexdigest()
 
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def _made(unit: Unit, first: int) -> Iterator[tuple[Piece, Iterable[U8]]]:
+    """The pieces from ``first`` on, in order; small ones are made ahead, one per processor.
+
+    Making is numpy work that releases the interpreter lock; its order changes nothing, each piece has its bytes.
+    """
+    ahead = min(_AHEAD, cpu_count())
+    pool = ThreadPoolExecutor(ahead, "flashmoe-convert")
+    try:
+        queue: deque[tuple[Piece, Callable[[], Iterable[U8]]]] = deque()
+        for index in range(first, unit.count):
+            piece = unit.piece(index)
+            small = piece.nbytes <= _AHEAD_NBYTES
+            queue.append((piece, pool.submit(list, piece.make()).result if small else piece.make))
+            if len(queue) > ahead:
+                ready, take = queue.popleft()
+                yield ready, take()
+        for ready, take in queue:
+            yield ready, take()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -17,25 +17,27 @@ _PROBE_NBYTES = 64 << 20  # a few tens of milliseconds on a current drive
 _MEMORY_PROBE_NBYTES = 256 << 20
 
 
-def measure_drive(reader: ExpertReader, arena: SlotArena, files: list[tuple[int, int]]) -> float:
+def measure_drive(reader: ExpertReader, arena: SlotArena, files: list[tuple[int, int, int]]) -> float:
     """Bytes per second of whole-record reads at full queue depth into a still empty arena.
 
-    files: (file index, records) of the layers; reads are spread over them.
+    files: (file index, records, bytes of a record) of each layer; reads are spread over them.
     """
-    nbytes = arena.record_nbytes
-    total = sum(count for _, count in files)
-    reads = max(1, min(_PROBE_NBYTES // nbytes, total))
     if not files:
         return float("inf")
+    reads = max(1, min(_PROBE_NBYTES // arena.record_nbytes, sum(count for _, count, _ in files)))
+    done = 0
     began = time.perf_counter()
     for first in range(0, reads, arena.count):
         batch = []
         for i in range(first, min(first + arena.count, reads)):
-            file_index, count = files[i % len(files)]
-            record = (i * 7919 // len(files)) % count  # 7919: a prime, so that reads are not sequential
-            batch.append((file_index, record * nbytes, nbytes, arena.buffer, (i - first) * nbytes))
+            file_index, count, nbytes = files[i % len(files)]
+            record = (i // len(files)) * 7919 % count  # 7919: a prime, so that reads are not sequential
+            batch.append(
+                (file_index, record * nbytes, nbytes, arena.buffer, (i - first) * arena.record_nbytes)
+            )
+            done += nbytes
         reader.read_many(batch)
-    return reads * nbytes / (time.perf_counter() - began)
+    return done / (time.perf_counter() - began)
 
 
 def measure_memory(ops: CpuOps, data: U8) -> float:

@@ -64,7 +64,9 @@ class StreamedEmbedding:
         for slot, unit in enumerate(units.tolist()):
             begin = self._info.offset + unit * self._unit_nbytes
             aligned = begin // _ALIGN * _ALIGN
-            end = min(-(-(begin + self._unit_nbytes) // _ALIGN) * _ALIGN, self._info.offset + self._info.nbytes)
+            end = min(
+                -(-(begin + self._unit_nbytes) // _ALIGN) * _ALIGN, self._info.offset + self._info.nbytes
+            )
             reads.append((self._file, aligned, end - aligned, self._buffer, slot * self._stride))
         return reads
 

@@ -193,7 +193,9 @@ class Engine:
             raise PromptError("no tokens to process: give at least one")
         vocab = self._parts.model.config.vocab_size
         if min(ids) < 0 or max(ids) >= vocab:
-            raise PromptError(f"a token id is outside the vocabulary of {vocab}: use the bundle's own tokenizer")
+            raise PromptError(
+                f"a token id is outside the vocabulary of {vocab}: use the bundle's own tokenizer"
+            )
         used = self._parts.state.position
         if used + len(ids) > self.plan.context:
             raise PromptError(

@@ -21,15 +21,21 @@ class StreamedExperts:
     shared expert first, then ascending expert number, with one fused multiply-add each: the same bits.
     """
 
-    def __init__(self, ops: CpuOps, cache: ExpertCache, arena: SlotArena, layouts: dict[int, FfnLayout]) -> None:
+    def __init__(
+        self, ops: CpuOps, cache: ExpertCache, arena: SlotArena, layouts: dict[int, FfnLayout]
+    ) -> None:
         self._ops, self._cache = ops, cache
         self._base, self._stride = arena.address, arena.record_nbytes
-        self._layouts = {layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()}
+        self._layouts = {
+            layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
+        }
         self._inputs = {group: ops.token_input() for group in (32, 64)}
         self._rows = np.arange(1, dtype=np.int32)
         self._y: F32 = np.empty((0, 0), np.float32)
 
-    def run(self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32) -> None:
+    def run(
+        self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32
+    ) -> None:
         """See nn.moe.Experts."""
         layout, group = self._layouts[layer]
         for needed in {group, shared.group}:
@@ -60,7 +66,9 @@ class StreamedExperts:
         experts = chosen[0][order].tolist()
         with self._cache.request(layer, experts) as request:
             token, row = self._zeros[:1], self._rows[:1]
-            ops.expert_ffn(self._inputs[shared.group], shared.layout, [shared.address], [0, 1], token, row, self._y)
+            ops.expert_ffn(
+                self._inputs[shared.group], shared.layout, [shared.address], [0, 1], token, row, self._y
+            )
             self._run_ready(layout, group, experts, request.hits)
             while ready := request.next_ready():
                 self._run_ready(layout, group, experts, ready)
@@ -106,9 +114,10 @@ class StreamedExperts:
         tokens = (pairs // k).astype(np.int32)
         factors = weights.ravel()[pairs]
         experts, starts = np.unique(chosen.ravel()[pairs], return_index=True)
-        bounds = dict(zip(experts.tolist(), zip(starts.tolist(), [*starts[1:].tolist(), count * k]), strict=True))
-        for expert, slot in self._cache.stream(layer, experts.tolist()):
-            begin, end = bounds[expert]
+        bounds = [*starts.tolist(), count * k]
+        # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
+        for i, (_, slot) in enumerate(self._cache.stream(layer, experts.tolist())):
+            begin, end = bounds[i], bounds[i + 1]
             mine = tokens[begin:end]
             address = self._base + slot * self._stride
             ops.expert_ffn(

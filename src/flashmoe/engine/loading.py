@@ -21,6 +21,7 @@ from flashmoe.errors import ConfigError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.models import qwen3_5_moe as qwen
 from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.nn.delta_net import DeltaNetState
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies import LayeredLru
 from flashmoe.store.reader import NativeReader
@@ -68,7 +69,9 @@ def load(path: Path, options: EngineOptions) -> Parts:
     reader = NativeReader(files, direct=_IO_MODES[options.io], queue_depth=QUEUE_DEPTH)
     arena = SlotArena(plan.slots, plan.record_nbytes)
     layers = bundle.expert_layers
-    drive = measure_drive(reader, arena, [(i + 1, layer.count) for i, layer in enumerate(layers)])
+    drive = measure_drive(
+        reader, arena, [(i + 1, layer.count, layer.record_nbytes) for i, layer in enumerate(layers)]
+    )
     weights = ResidentWeights(bundle, ops, reader, 0)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
     embed = make_embedding(bundle, weights, ops, reader, 0)
@@ -76,7 +79,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
     )
     experts = StreamedExperts(ops, cache, arena, {layer.layer: layer.ffn for layer in layers})
-    token_nbytes = _token_nbytes(bundle, per_token) + _state_traffic(config, kv_dtype)
+    token_nbytes = _token_nbytes(bundle, per_token) + _state_traffic(config)
     state = model.new_state(kv_dtype)
     return Parts(bundle, plan, ops, reader, weights, cache, experts, model, state, drive, token_nbytes)
 
@@ -94,7 +97,9 @@ def _config(bundle: Bundle, options: EngineOptions) -> Qwen35Config:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     config = Qwen35Config.from_dict(bundle.config)
     if options.experts_per_token is not None and options.experts_per_token > config.num_experts:
-        raise ConfigError(f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts")
+        raise ConfigError(
+            f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts"
+        )
     return config
 
 
@@ -125,7 +130,9 @@ def _cache(
     bundle: Bundle, reader: NativeReader, arena: SlotArena, per_token: int, verify: bool
 ) -> ExpertCache:
     layers = bundle.expert_layers
-    files: dict[int, tuple[int, int]] = {layer.layer: (i + 1, layer.record_nbytes) for i, layer in enumerate(layers)}
+    files: dict[int, tuple[int, int]] = {
+        layer.layer: (i + 1, layer.record_nbytes) for i, layer in enumerate(layers)
+    }
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
     policy = LayeredLru()
     return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
@@ -142,9 +149,7 @@ def _token_nbytes(bundle: Bundle, per_token: int) -> int:
     return resident + int(routed)
 
 
-def _state_traffic(config: Qwen35Config, kv_dtype: DTypeLike) -> int:
+def _state_traffic(config: Qwen35Config) -> int:
     """Recurrent state is read and written once a token; the KV cache of a short context is neglected."""
-    return 2 * sum(
-        qwen.DeltaNetState.nbytes_of(qwen.delta_net_shape(config)) for i in range(config.num_hidden_layers)
-        if config.is_linear(i)
-    )
+    layers = sum(config.is_linear(i) for i in range(config.num_hidden_layers))
+    return 2 * layers * DeltaNetState.nbytes_of(qwen.delta_net_shape(config))

@@ -120,6 +120,8 @@ def _choose_chunk(demand: Demand, left: int) -> int:
         workspace = demand.workspace_nbytes(chunk)
         if chunk >= 2 * demand.context:  # a shorter one holds the longest prompt just as well
             continue
-        if workspace + everything <= left or workspace + pool <= left and workspace <= _WORKSPACE_SHARE * left:
+        if workspace + everything <= left or (
+            workspace + pool <= left and workspace <= _WORKSPACE_SHARE * left
+        ):
             return chunk
     return CHUNKS[-1]

@@ -50,7 +50,9 @@ class ResidentWeights:
         """The matrix in the backend's form; raises BundleError when the shape differs."""
         info = self._checked(name, (rows, cols))
         if isinstance(info.codec, FfnLayout):
-            raise BundleError(f"{self._bundle.path}: {name} is a feed-forward record, not a matrix: convert again")
+            raise BundleError(
+                f"{self._bundle.path}: {name} is a feed-forward record, not a matrix: convert again"
+            )
         return self._ops.weight(self._raw(info), info.codec, rows, cols)
 
     def vector(self, name: str, *shape: int) -> NDArray[np.float32]:
@@ -64,8 +66,13 @@ class ResidentWeights:
         """A feed-forward record; raises BundleError when its sizes differ."""
         info = self._bundle.tensor(name)
         layout = info.codec
-        if not isinstance(layout, FfnLayout) or (layout.hidden, layout.intermediate) != (hidden, intermediate):
-            raise BundleError(f"{self._bundle.path}: {name} is no {hidden} x {intermediate} record: convert again")
+        if not isinstance(layout, FfnLayout) or (layout.hidden, layout.intermediate) != (
+            hidden,
+            intermediate,
+        ):
+            raise BundleError(
+                f"{self._bundle.path}: {name} is no {hidden} x {intermediate} record: convert again"
+            )
         return self._ops.ffn_weights(self._raw(info), layout)
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:

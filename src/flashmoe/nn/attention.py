@@ -64,7 +64,9 @@ class KeyValueCache:
 class GatedAttention:
     """One layer's mixer; a call appends its tokens to the cache."""
 
-    def __init__(self, weights: Weights, prefix: str, shape: AttentionShape, rotary: RotaryTable, ops: Any) -> None:
+    def __init__(
+        self, weights: Weights, prefix: str, shape: AttentionShape, rotary: RotaryTable, ops: Any
+    ) -> None:
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self._shape, self._rotary, self._ops = shape, rotary, ops
         self._projections = [
@@ -87,7 +89,18 @@ class GatedAttention:
         q = work.get("q", (tokens, shape.heads, shape.head_dim))
         cos, sin = self._rotary.cos, self._rotary.sin
         ops.attention_prepare(
-            q_gate, k, v, self._q_norm, self._k_norm, shape.eps, cos, sin, position, q, cache.keys, cache.values
+            q_gate,
+            k,
+            v,
+            self._q_norm,
+            self._k_norm,
+            shape.eps,
+            cos,
+            sin,
+            position,
+            q,
+            cache.keys,
+            cache.values,
         )
         mixed = work.get("mixed", (tokens, width))
         ops.attention(q, cache.keys, cache.values, position, q_gate, mixed)

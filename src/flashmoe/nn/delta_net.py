@@ -1,4 +1,4 @@
-"""Gated DeltaNet token mixer (Yang et al., "Gated Delta Networks", arXiv 2412.06464) as Qwen3-Next and Qwen3.5 use it."""
+"""Gated DeltaNet token mixer (Yang et al., arXiv 2412.06464) as Qwen3-Next and Qwen3.5 use it."""
 
 from __future__ import annotations
 

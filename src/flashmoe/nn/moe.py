@@ -25,7 +25,9 @@ class MoeShape:
 class Experts(Protocol):
     """Whoever holds the routed experts: in memory, on a drive, on another device."""
 
-    def run(self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32) -> None:
+    def run(
+        self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32
+    ) -> None:
         """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]).
 
         x, out: [tokens, hidden]; chosen, weights: [tokens, k]; shared_weights: [tokens].  The sum runs over the

@@ -45,7 +45,9 @@ class ExpertCache:
         """
         if layers and arena.count < self.min_slots(experts_per_token):
             needed = self.min_slots(experts_per_token)
-            raise BudgetError(f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory")
+            raise BudgetError(
+                f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory"
+            )
         self._reader, self._arena, self._policy = reader, arena, policy
         self._layers, self._checksums = dict(layers), checksums
         self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
@@ -73,7 +75,9 @@ class ExpertCache:
             if expert not in resident:
                 slot = self._take(layer, keep)
                 if slot is None:
-                    raise BudgetError(f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory")
+                    raise BudgetError(
+                        f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory"
+                    )
                 missing[slot] = expert
                 self._submit(layer, expert, slot)
         self._misses += len(missing)
@@ -93,7 +97,7 @@ class ExpertCache:
         try:
             while waiting or queue:
                 self._read_ahead(layer, waiting, queue, landing, staged)
-                expert, slot = queue[0]
+                slot = queue[0][1]
                 while slot in landing:
                     self._land(layer, landing, keep_resident=staged)
                 yield queue.popleft()
@@ -178,13 +182,15 @@ class ExpertCache:
             return ""
         nbytes = self._layers[layer][1]
         start = slot * self._arena.record_nbytes
-        digest = xxhash.xxh3_64_hexdigest(self._arena.buffer.array()[start : start + nbytes])
+        digest = xxhash.xxh3_64_hexdigest(self._arena.buffer.array()[start : start + nbytes].data)
         return "" if digest == self._checksums[layer][expert] else "its record: the checksum does not match"
 
     def _submit(self, layer: int, expert: int, slot: int) -> None:
         file, nbytes = self._layers[layer]
         self._nbytes += nbytes
-        self._reader.submit((file, expert * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes), slot)
+        self._reader.submit(
+            (file, expert * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes), slot
+        )
 
     def _take(self, layer: int, keep: set[int]) -> int | None:
         """A free slot, or the one of the policy's victim."""

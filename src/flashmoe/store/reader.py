@@ -30,7 +30,9 @@ class ExpertReader(Protocol):
     def read_many(self, reads: Sequence[Read]) -> None:
         """Perform these reads, large ones in pieces.  Raises ReadError when one fails (after all have ended)."""
 
-    def read_into(self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int) -> None:
+    def read_into(
+        self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int
+    ) -> None:
         """One read, in pieces.  Raises ReadError."""
 
 
@@ -55,7 +57,9 @@ class BulkReads:
         if errors:
             raise ReadError(f"cannot read {errors[0]}: run `flashmoe verify` on the bundle")
 
-    def read_into(self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int) -> None:
+    def read_into(
+        self, file: int, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int
+    ) -> None:
         """See ExpertReader."""
         self.read_many([(file, offset, nbytes, buffer, buffer_offset)])
 
@@ -105,5 +109,6 @@ class NativeReader(BulkReads):
 def _pieces(read: Read) -> list[Read]:
     file, offset, nbytes, buffer, at = read
     return [
-        (file, offset + done, min(_PIECE, nbytes - done), buffer, at + done) for done in range(0, nbytes, _PIECE)
+        (file, offset + done, min(_PIECE, nbytes - done), buffer, at + done)
+        for done in range(0, nbytes, _PIECE)
     ]

@@ -16,7 +16,9 @@ class SlotArena:
 
     def __init__(self, count: int, record_nbytes: int) -> None:
         if count < 1 or record_nbytes < 1 or record_nbytes % 4096:
-            raise BudgetError(f"a pool of {count} slots of {record_nbytes} bytes is impossible: raise --memory")
+            raise BudgetError(
+                f"a pool of {count} slots of {record_nbytes} bytes is impossible: raise --memory"
+            )
         try:
             self.buffer = AlignedBuffer(count * record_nbytes, True)
         except MemoryError:

@@ -22,7 +22,9 @@ FLASHMOE_INLINE F32x16 set1(float a) { return {_mm512_set1_ps(a)}; }
 FLASHMOE_INLINE F32x16 zero() { return {_mm512_setzero_ps()}; }
 FLASHMOE_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FLASHMOE_INLINE void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
-FLASHMOE_INLINE F32x16 load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+FLASHMOE_INLINE F32x16 load_n(const float* p, int64_t n) {
+  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
+}
 FLASHMOE_INLINE void store_n(float* p, F32x16 a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 FLASHMOE_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 FLASHMOE_INLINE F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -44,7 +46,9 @@ FLASHMOE_INLINE F32x16 zero_where_below(F32x16 a, F32x16 x, float limit) {
   // Not-less-than, unordered is true: a NaN stays a NaN.
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
-FLASHMOE_INLINE __m256i load_halves(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+FLASHMOE_INLINE __m256i load_halves(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 FLASHMOE_INLINE F32x16 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p)), 16))};
 }

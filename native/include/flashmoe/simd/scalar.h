@@ -76,7 +76,7 @@ FLASHMOE_INLINE uint16_t f32_to_f16(float value) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));
   if (bits >= 0x477ff000u) return sign | 0x7c00u;  // 65,520 and above
-  if (bits < 0x38800000u) {                         // below 2^-14: subnormal, exact scaling then rounding
+  if (bits < 0x38800000u) {                        // below 2^-14: subnormal, exact scaling then rounding
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24))));

@@ -1,0 +1,137 @@
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "check.h"
+#include "flashmoe/reader.h"
+
+using namespace flashmoe;
+
+namespace {
+
+constexpr size_t kRecord = 2 * kBlock;
+constexpr size_t kRecords = 33;
+constexpr size_t kTail = 100;  // the file does not end on a block
+
+uint8_t byte_at(size_t i) { return static_cast<uint8_t>((i * 2654435761u) >> 13); }
+
+std::string make_file() {
+  char path[] = "reader-test-XXXXXX";
+  const int fd = mkstemp(path);
+  CHECK(fd >= 0);
+  std::vector<uint8_t> data(kRecords * kRecord + kTail);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = byte_at(i);
+  CHECK(write(fd, data.data(), data.size()) == static_cast<ssize_t>(data.size()));
+  close(fd);
+  return path;
+}
+
+std::vector<Completion> wait_for(Reader& reader, size_t count) {
+  std::vector<Completion> all;
+  while (all.size() < count) {
+    for (Completion& completion : reader.wait(std::chrono::milliseconds(1000)))
+      all.push_back(std::move(completion));
+  }
+  return all;
+}
+
+void reads_every_record(const std::string& path, DirectMode mode) {
+  Reader reader({path}, mode, 8);
+  auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, true);
+  for (size_t i = 0; i < kRecords; ++i) {
+    const size_t record = (i * 7) % kRecords;
+    reader.submit(
+        {0, record * kRecord, kRecord, buffer, record * kRecord, static_cast<int64_t>(record), i % 3 == 0});
+  }
+  for (const Completion& completion : wait_for(reader, kRecords)) CHECK(completion.error.empty());
+  for (size_t i = 0; i < kRecords * kRecord; ++i) CHECK(buffer->data()[i] == byte_at(i));
+  CHECK(reader.outstanding() == 0);
+  CHECK(reader.wait(std::chrono::milliseconds(1)).empty());
+  CHECK(reader.stats().reads == kRecords && reader.stats().nbytes == kRecords * kRecord);
+}
+
+void reads_the_tail(const std::string& path, DirectMode mode) {
+  Reader reader({path}, mode, 2);
+  auto buffer = std::make_shared<AlignedBuffer>(kRecord + kTail, false);
+  const size_t offset = (kRecords - 1) * kRecord;
+  reader.submit({0, offset, kRecord + kTail, buffer, 0, 5, false});
+  CHECK(wait_for(reader, 1)[0].error.empty());
+  for (size_t i = 0; i < kRecord + kTail; ++i) CHECK(buffer->data()[i] == byte_at(offset + i));
+}
+
+void refuses_bad_requests(const std::string& path) {
+  Reader reader({path}, DirectMode::automatic, 1);
+  auto buffer = std::make_shared<AlignedBuffer>(kRecord, false);
+  const auto refused = [&](ReadRequest request) {
+    try {
+      reader.submit(std::move(request));
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  CHECK(refused({1, 0, kBlock, buffer, 0, 0, false}));
+  CHECK(refused({0, kRecords * kRecord, kRecord, buffer, 0, 0, false}));
+  CHECK(refused({0, 0, 2 * kRecord, buffer, 0, 0, false}));
+  CHECK(refused({0, 1, kBlock, buffer, 0, 0, false}));
+  CHECK(refused({0, 0, kBlock, buffer, 1, 0, false}));
+  CHECK(refused({0, 0, 0, buffer, 0, 0, false}));
+}
+
+// A file that shrinks after it was opened is a short read, reported with its path.
+void reports_a_short_read(DirectMode mode) {
+  const std::string path = make_file();
+  Reader reader({path}, mode, 2);
+  CHECK(truncate(path.c_str(), static_cast<off_t>(kRecord)) == 0);
+  auto buffer = std::make_shared<AlignedBuffer>(kRecord, false);
+  reader.submit({0, 4 * kRecord, kRecord, buffer, 0, 9, false});
+  const std::vector<Completion> completions = wait_for(reader, 1);
+  CHECK(completions[0].tag == 9);
+  CHECK(completions[0].error.find(path) != std::string::npos);
+  unlink(path.c_str());
+}
+
+void missing_file_names_its_path() {
+  try {
+    Reader reader({"no-such-file"}, DirectMode::automatic, 1);
+  } catch (const std::system_error& error) {
+    CHECK(std::string(error.what()).find("no-such-file") != std::string::npos);
+    return;
+  }
+  CHECK(false);
+}
+
+// Destruction with reads queued and in flight: the buffer outlives them.
+void stops_with_work_left(const std::string& path) {
+  for (int round = 0; round < 20; ++round) {
+    auto reader = std::make_unique<Reader>(std::vector<std::string>{path}, DirectMode::automatic, 4);
+    auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, false);
+    for (size_t i = 0; i < kRecords; ++i) {
+      reader->submit({0, i * kRecord, kRecord, buffer, i * kRecord, static_cast<int64_t>(i), false});
+    }
+    buffer.reset();
+    reader.reset();
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::string path = make_file();
+  for (DirectMode mode : {DirectMode::automatic, DirectMode::off}) {
+    reads_every_record(path, mode);
+    reads_the_tail(path, mode);
+    reports_a_short_read(mode);
+  }
+  refuses_bad_requests(path);
+  stops_with_work_left(path);
+  missing_file_names_its_path();
+  unlink(path.c_str());
+  return 0;
+}
