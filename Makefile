@@ -44,12 +44,11 @@ native-sanitize: $(VENV)/.installed
 $(ORACLE_VENV)/.installed: pyproject.toml
 	test -x $(ORACLE_VENV)/bin/python || python3 -m venv $(ORACLE_VENV)
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch==2.13.0"
-	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
 	touch $@
 
 # Live comparison with Hugging Face on CPU; makes its checkpoints afresh.
 oracle: $(ORACLE_VENV)/.installed
-	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps .
+	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 # The embedded demo model: our own trained checkpoint, converted; its card, licence and golden outputs beside it.
@@ -59,6 +58,7 @@ demo-model: $(VENV)/.installed
 	cp $(addprefix $(DEMO_SOURCE)/,MODEL_CARD.md LICENSE_NOTE.txt golden.json golden.npz) models/demo/
 
 fixtures: $(ORACLE_VENV)/.installed
+	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
 	$(ORACLE_VENV)/bin/python tests/golden/make_fixtures.py
 
 clean:
