@@ -45,10 +45,14 @@ def measure_memory(ops: CpuOps, data: U8) -> float:
     return ops.read_bandwidth(data[:_MEMORY_PROBE_NBYTES])
 
 
-def decode_bound(parts: Parts, missed_nbytes_per_token: float) -> float:
-    """Tokens per second if the drive and the memory were each always busy and fully overlapped."""
+def decode_bound(parts: Parts, missed_nbytes_per_token: float, achieved: float) -> float:
+    """Tokens per second if the drive and the memory were each always busy and fully overlapped.
+
+    achieved: bytes per second that the drive gave while the run itself was reading.  Shared and virtual drives
+    change their speed from minute to minute, so the better of the probe and the run is taken.
+    """
     if parts.memory_bandwidth is None:
         parts.memory_bandwidth = measure_memory(parts.ops, parts.weights.data)
     memory_seconds = parts.token_nbytes / parts.memory_bandwidth
-    drive_seconds = missed_nbytes_per_token / parts.drive_bandwidth
+    drive_seconds = missed_nbytes_per_token / max(parts.drive_bandwidth, achieved)
     return 1.0 / max(memory_seconds, drive_seconds)

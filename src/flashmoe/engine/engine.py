@@ -72,6 +72,7 @@ class Engine:
         self._closed = False
         self._timing = _Timing()
         self._prompt_store = self._decode_store = parts.cache.stats()
+        self._decode_reads = parts.reader.stats()
 
     @classmethod
     def open(cls, path: Path | str, options: EngineOptions | None = None) -> Self:
@@ -142,6 +143,7 @@ class Engine:
         logits = self.feed(prompt, "last")
         timing.prompt_seconds = time.perf_counter() - began
         self._decode_store = self._parts.cache.stats()
+        self._decode_reads = self._parts.reader.stats()
         yield from self._continue(logits, prompt, params, stop_ids)
 
     def stats(self) -> dict[str, Any]:
@@ -155,7 +157,9 @@ class Engine:
             "completion_tokens": timing.new_tokens,
             "prefill_tok_s": _rate(timing.prompt_tokens, timing.prompt_seconds),
             "decode_tok_s": _rate(steps, timing.new_seconds),
-            "bound_tok_s": decode_bound(self._parts, decode.bytes_read / steps) if steps else None,
+            "bound_tok_s": decode_bound(self._parts, decode.bytes_read / steps, self._drive_rate())
+            if steps
+            else None,
             "hit_rate": reads.hit_rate,
             "decode_hit_rate": decode.hit_rate,
             "bytes_read": reads.bytes_read,
@@ -187,6 +191,12 @@ class Engine:
                 logits = self.feed([token], "last")
                 timing.new_seconds += time.perf_counter() - began
         self.finish_reason = "length"
+
+    def _drive_rate(self) -> float:
+        """Bytes per second while at least one read of this request's decoding was in flight."""
+        _, nbytes, seconds, _ = self._parts.reader.stats()
+        busy = seconds - self._decode_reads[2]
+        return (nbytes - self._decode_reads[1]) / busy if busy > 0 else 0.0
 
     def _check(self, ids: list[int]) -> None:
         if not ids:
