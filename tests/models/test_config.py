@@ -50,7 +50,7 @@ NEXT: dict[str, Any] = {
     "rope_scaling": None,
     "intermediate_size": 5120,
     "decoder_sparse_step": 1,
-    "norm_topk_prob": False,
+    "norm_topk_prob": True,
 }
 
 
@@ -92,9 +92,14 @@ def test_qwen3_next_has_dense_layers_and_its_own_switches() -> None:
     )
     assert config.dense_layers == {0, 1, 2, 4}
     assert config.intermediate_size == 5120
-    assert not config.norm_topk_prob
+    assert config.norm_topk_prob
     assert config.rope_theta == 1e7
     assert Qwen35Config.from_dict(NEXT).intermediate_size is None
+
+
+def test_routing_weights_that_are_not_renormalised_are_refused() -> None:
+    with pytest.raises(ConfigError, match="norm_topk_prob"):
+        Qwen35Config.from_dict(changed(NEXT, norm_topk_prob=False))
 
 
 def test_qwen3_5_is_always_sparse_and_renormalised() -> None:

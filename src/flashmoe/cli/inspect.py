@@ -65,25 +65,18 @@ def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan |
 
 
 def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:
-    import numpy as np
-
-    from flashmoe.engine.loading import DEFAULT_CONTEXT
-    from flashmoe.engine.memory import Demand
-    from flashmoe.models import qwen3_5_moe as qwen
+    from flashmoe.engine.loading import model_demand
     from flashmoe.models.registry import find_family
-    from flashmoe.store.cache import ExpertCache
 
     raw = json.loads((path if path.is_file() else path / "config.json").read_bytes())
-    config = find_family(raw).config(raw)
-    context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
-    layers = facts["expert_layers"]
-    return Demand(
+    family = find_family(raw)
+    return model_demand(
+        family,
+        family.config(raw),
         resident_nbytes=facts["resident_nbytes"],
-        state_nbytes=qwen.state_nbytes(config, context, np.float16),
-        workspace_nbytes=lambda tokens: qwen.workspace_nbytes(config, tokens),
         record_nbytes=facts["record_nbytes"],
-        experts=layers * facts["experts"],
-        min_slots=ExpertCache.min_slots(facts["experts_per_token"]) if layers else 0,
+        experts=facts["expert_layers"] * facts["experts"],
+        experts_per_token=facts["experts_per_token"],
         context=context,
     )
 

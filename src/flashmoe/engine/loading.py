@@ -19,9 +19,8 @@ from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.cpu import CpuOps
-from flashmoe.models import qwen3_5_moe as qwen
 from flashmoe.models.qwen3_5_config import Qwen35Config
-from flashmoe.nn.delta_net import DeltaNetState
+from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies import LayeredLru
 from flashmoe.store.reader import NativeReader
@@ -29,12 +28,12 @@ from flashmoe.store.slots import SlotArena
 
 if TYPE_CHECKING:
     from flashmoe.engine.engine import EngineOptions
+    from flashmoe.models.qwen3_5_moe import Qwen35Moe, SequenceState
 
 # A context nobody asked for should not take memory from the experts: 8,192 tokens of the 35B are 160 MiB.
 DEFAULT_CONTEXT = 8192
 QUEUE_DEPTH = 8
 _IO_MODES = {"auto": "auto", "direct": "on", "buffered": "off"}
-_MODEL_TYPES = ("qwen3_5_moe", "qwen3_next")
 
 
 @dataclass
@@ -48,8 +47,8 @@ class Parts:
     weights: ResidentWeights
     cache: ExpertCache
     experts: StreamedExperts
-    model: qwen.Qwen35Moe
-    state: qwen.SequenceState
+    model: Qwen35Moe
+    state: SequenceState
     drive_bandwidth: float
     token_nbytes: int  # memory that one decoded token must read
     memory_bandwidth: float | None = None
@@ -58,12 +57,23 @@ class Parts:
 def load(path: Path, options: EngineOptions) -> Parts:
     """Open, plan, read the resident weights, build the model.  Raises only FlashmoeError subclasses."""
     bundle = Bundle.open(path)
-    config = _config(bundle, options)
+    family = find_family(bundle.config)
+    config = _config(family, bundle, options)
     context = _context(config, options)
     kv_dtype: DTypeLike = np.float32 if options.activations == "f32" else np.float16
     per_token = options.experts_per_token or config.num_experts_per_tok
     ops = CpuOps(options.threads or env.cpu_count(), options.activations)
-    demand = _demand(bundle, config, context, kv_dtype, per_token)
+    first, end = resident_range(bundle)
+    demand = model_demand(
+        family,
+        config,
+        resident_nbytes=end - first + streamed_nbytes(bundle),
+        record_nbytes=max((layer.record_nbytes for layer in bundle.expert_layers), default=0),
+        experts=sum(layer.count for layer in bundle.expert_layers),
+        experts_per_token=per_token,
+        context=context,
+        kv_dtype=kv_dtype,
+    )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
     files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
     reader = NativeReader(files, direct=_IO_MODES[options.io], queue_depth=QUEUE_DEPTH)
@@ -74,28 +84,50 @@ def load(path: Path, options: EngineOptions) -> Parts:
     )
     weights = ResidentWeights(bundle, ops, reader, 0)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
+    decoder = family.decoder_class()
     embed = make_embedding(bundle, weights, ops, reader, 0)
-    model = qwen.Qwen35Moe(
+    model = decoder(
         config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
     )
     experts = StreamedExperts(ops, cache, arena, {layer.layer: layer.ffn for layer in layers})
-    token_nbytes = _token_nbytes(bundle, per_token) + _state_traffic(config)
+    token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
     state = model.new_state(kv_dtype)
     return Parts(bundle, plan, ops, reader, weights, cache, experts, model, state, drive, token_nbytes)
 
 
-def _config(bundle: Bundle, options: EngineOptions) -> Qwen35Config:
-    if bundle.model_type not in _MODEL_TYPES:
-        raise ConfigError(
-            f"{bundle.path}: model type {bundle.model_type!r} is unknown; this version runs {', '.join(_MODEL_TYPES)}"
-        )
+def model_demand(
+    family: ModelFamily,
+    config: Qwen35Config,
+    *,
+    resident_nbytes: int,
+    record_nbytes: int,
+    experts: int,
+    experts_per_token: int,
+    context: int | None,
+    kv_dtype: DTypeLike = np.float16,
+) -> memory.Demand:
+    """What the planner must know of a model; context None is the default one."""
+    decoder = family.decoder_class()
+    context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    return memory.Demand(
+        resident_nbytes=resident_nbytes,
+        state_nbytes=decoder.state_nbytes(config, context, kv_dtype),
+        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens),
+        record_nbytes=record_nbytes,
+        experts=experts,
+        min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,
+        context=context,
+    )
+
+
+def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen35Config:
     if options.io not in _IO_MODES:
         raise ConfigError(f"unknown --io {options.io!r}: choose auto, direct or buffered")
     for name in ("context", "threads", "experts_per_token", "prefill_chunk", "expert_slots"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    config = Qwen35Config.from_dict(bundle.config)
+    config = family.config(bundle.config)
     if options.experts_per_token is not None and options.experts_per_token > config.num_experts:
         raise ConfigError(
             f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts"
@@ -108,22 +140,6 @@ def _context(config: Qwen35Config, options: EngineOptions) -> int:
     if options.context is not None and options.context > most:
         raise ConfigError(f"--context {options.context} is longer than the model's {most} positions")
     return options.context or min(most, DEFAULT_CONTEXT)
-
-
-def _demand(
-    bundle: Bundle, config: Qwen35Config, context: int, kv_dtype: DTypeLike, per_token: int
-) -> memory.Demand:
-    first, end = resident_range(bundle)
-    layers = bundle.expert_layers
-    return memory.Demand(
-        resident_nbytes=end - first + streamed_nbytes(bundle),
-        state_nbytes=qwen.state_nbytes(config, context, kv_dtype),
-        workspace_nbytes=lambda tokens: qwen.workspace_nbytes(config, tokens),
-        record_nbytes=max((layer.record_nbytes for layer in layers), default=0),
-        experts=sum(layer.count for layer in layers),
-        min_slots=ExpertCache.min_slots(per_token) if layers else 0,
-        context=context,
-    )
 
 
 def _cache(
@@ -147,9 +163,3 @@ def _token_nbytes(bundle: Bundle, per_token: int) -> int:
     )
     routed: U8 | int = sum(per_token * layer.ffn.nbytes for layer in bundle.expert_layers)
     return resident + int(routed)
-
-
-def _state_traffic(config: Qwen35Config) -> int:
-    """Recurrent state is read and written once a token; the KV cache of a short context is neglected."""
-    layers = sum(config.is_linear(i) for i in range(config.num_hidden_layers))
-    return 2 * layers * DeltaNetState.nbytes_of(qwen.delta_net_shape(config))

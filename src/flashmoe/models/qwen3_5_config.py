@@ -184,6 +184,8 @@ def _refuse_variants(fields: _Fields) -> None:
         fields.refuse("attention_bias", "only false is computed")
     if not fields.boolean("attn_output_gate", default=True):
         fields.refuse("attn_output_gate", "only true is computed")
+    if fields.is_next and not fields.boolean("norm_topk_prob", default=True):
+        fields.refuse("norm_topk_prob", "only true is computed")
     rope = fields.rope()
     if rope.get("rope_type") not in (None, "default"):
         rope.refuse("rope_type", "only default is computed")

@@ -51,14 +51,14 @@ class Qwen35Moe:
         self.config, self._ops, self._embed = config, ops, embed
         self.context = context
         self._work = Workspace()
-        rotary = RotaryTable(context, rotated_dims(config), config.rope_theta)
+        rotary = RotaryTable(context, config.rotary_dim, config.rope_theta)
         per_token = experts_per_token or config.num_experts_per_tok
         self._mixers: list[GatedDeltaNet | GatedAttention] = []
         self._ffns: list[SparseMoe | DenseMlp] = []
         self._norms: list[tuple[F32, F32]] = []
-        for i, kind in enumerate(config.layer_types):
+        for i in range(config.num_hidden_layers):
             prefix = f"layers.{i}."
-            if kind == "linear_attention":
+            if config.is_linear(i):
                 shape = delta_net_shape(config)
                 self._mixers.append(GatedDeltaNet(weights, prefix + "linear_attn.", shape, ops))
             else:
@@ -77,8 +77,8 @@ class Qwen35Moe:
         """An empty sequence of at most `context` tokens."""
         config = self.config
         layers: list[LayerState] = []
-        for kind in config.layer_types:
-            if kind == "linear_attention":
+        for i in range(config.num_hidden_layers):
+            if config.is_linear(i):
                 layers.append(DeltaNetState.zeros(delta_net_shape(config)))
             else:
                 layers.append(KeyValueCache(attention_shape(config), self.context, kv_dtype))
@@ -113,9 +113,38 @@ class Qwen35Moe:
         state.position += tokens
         return self._logits(h, logits_of)
 
-    def workspace_nbytes(self) -> int:
-        """Bytes of scratch arrays held now."""
-        return self._work.nbytes
+    @staticmethod
+    def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike) -> int:
+        """Bytes of one sequence's state when its context is full, rotary tables included."""
+        total = RotaryTable.nbytes_of(context, config.rotary_dim)
+        for i in range(config.num_hidden_layers):
+            if config.is_linear(i):
+                total += DeltaNetState.nbytes_of(delta_net_shape(config))
+            else:
+                total += KeyValueCache.nbytes_of(attention_shape(config), context, kv_dtype)
+        return total
+
+    @staticmethod
+    def state_traffic(config: Qwen35Config) -> int:
+        """Bytes of state that one token reads and writes, short of the KV cache (which grows with the text)."""
+        layers = sum(config.is_linear(i) for i in range(config.num_hidden_layers))
+        return 2 * layers * DeltaNetState.nbytes_of(delta_net_shape(config))
+
+    @staticmethod
+    def workspace_nbytes(config: Qwen35Config, tokens: int) -> int:
+        """Upper bound of the scratch memory of a call with `tokens` tokens, kernels' own scratch included."""
+        delta, attention = delta_net_shape(config), attention_shape(config)
+        width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        per_token = 3 * config.hidden_size
+        per_token += max(delta.channels, width) + delta.channels + delta.values + 2 * delta.value_heads
+        per_token += 3 * width + 2 * kv_width
+        per_token += config.num_experts + 3 * config.num_experts_per_tok + 2
+        # Kernels: quantised inputs (a bit over half a float a value), the hidden rows of one expert that serves
+        # every token, and the recurrence's normalised keys and queries.
+        widest = max(config.hidden_size, width, delta.values, config.shared_expert_intermediate_size)
+        hidden_rows = max(config.moe_intermediate_size, config.shared_expert_intermediate_size)
+        per_token += 2 * widest + 2 * hidden_rows + 2 * delta.value_heads * (delta.key_dim + 4)
+        return 4 * (per_token * tokens + config.vocab_size)
 
     def _logits(self, h: F32, logits_of: str) -> F32:
         if logits_of == "none":
@@ -124,11 +153,6 @@ class Qwen35Moe:
         logits: F32 = self._work.get("logits", (rows.shape[0], self.config.vocab_size))
         self._ops.linear(rows, self._head, [logits])
         return logits
-
-
-def rotated_dims(config: Qwen35Config) -> int:
-    """Dimensions of each head that carry positions."""
-    return int(config.head_dim * config.partial_rotary_factor)
 
 
 def attention_shape(config: Qwen35Config) -> AttentionShape:
@@ -153,34 +177,6 @@ def delta_net_shape(config: Qwen35Config) -> DeltaNetShape:
         config.linear_conv_kernel_dim,
         config.rms_norm_eps,
     )
-
-
-def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike) -> int:
-    """Bytes of one sequence's state when its context is full, rotary tables included."""
-    total = RotaryTable.nbytes_of(context, rotated_dims(config))
-    for kind in config.layer_types:
-        if kind == "linear_attention":
-            total += DeltaNetState.nbytes_of(delta_net_shape(config))
-        else:
-            total += KeyValueCache.nbytes_of(attention_shape(config), context, kv_dtype)
-    return total
-
-
-def workspace_nbytes(config: Qwen35Config, tokens: int, all_logits: bool = False) -> int:
-    """Upper bound of the scratch memory of a call with `tokens` tokens, kernels' own scratch included."""
-    delta, attention = delta_net_shape(config), attention_shape(config)
-    width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    per_token = 3 * config.hidden_size
-    per_token += max(delta.channels, width) + delta.channels + delta.values + 2 * delta.value_heads
-    per_token += 3 * width + 2 * kv_width
-    per_token += config.num_experts + 3 * config.num_experts_per_tok + 2
-    # Kernels: quantised inputs (1.25 bytes a value), an expert's hidden rows for the busiest case of one
-    # expert serving every token, and the recurrence's normalised keys and queries.
-    widest = max(config.hidden_size, width, delta.values, config.shared_expert_intermediate_size)
-    hidden_rows = max(config.moe_intermediate_size, config.shared_expert_intermediate_size)
-    per_token += 2 * widest + 2 * hidden_rows + 2 * delta.value_heads * (delta.key_dim + 4)
-    logits = config.vocab_size * (tokens if all_logits else 1)
-    return 4 * (per_token * tokens + logits)
 
 
 def _ffn(
