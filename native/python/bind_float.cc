@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "array_args.h"
 #include "flashmoe/cpu.h"
 #include "flashmoe/float_ops.h"
 
@@ -26,8 +27,9 @@ int64_t dim(const Floats& array, size_t axis) { return static_cast<int64_t>(arra
 int64_t size(const Floats& array) { return static_cast<int64_t>(array.size()); }
 
 CacheView cache_view(const Cache& cache, int64_t kv_heads, int64_t head_dim) {
-  const bool f16 = cache.itemsize() == 2;
-  require(cache.itemsize() == 2 || cache.itemsize() == 4, "a cache must be float16 or float32");
+  const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+  const bool f16 = cache.dtype() == half;
+  require(f16 || cache.dtype() == nb::dtype<float>(), "a cache must be float16 or float32");
   require(
       static_cast<int64_t>(cache.shape(0)) == kv_heads && static_cast<int64_t>(cache.shape(2)) == head_dim,
       "a cache must have shape [kv_heads, context, head_dim]");
@@ -152,16 +154,18 @@ void bind_float(nb::module_& m) {
             new (self) FloatOps(pool, parse_isa(isa));
           },
           "pool"_a, "isa"_a, nb::keep_alive<1, 2>())
-      .def("rms_norm", &rms_norm, "x"_a, "w"_a, "eps"_a, "out"_a)
-      .def("add_rms_norm", &add_rms_norm, "x"_a, "delta"_a, "w"_a, "eps"_a, "out"_a)
-      .def("gated_rms_norm", &gated_rms_norm, "o"_a, "z"_a, "w"_a, "eps"_a, "out"_a)
-      .def("causal_conv1d", &causal_conv1d, "u"_a, "w"_a, "state"_a, "out"_a)
-      .def("gated_delta_rule", &gated_delta_rule, "mixed"_a, "a"_a, "b"_a, "a_log"_a, "dt_bias"_a, "state"_a,
-           "out"_a, "key_heads"_a)
-      .def("attention_prepare", &attention_prepare, "q_gate"_a, "k"_a, "v"_a, "q_norm"_a, "k_norm"_a, "eps"_a,
-           "cos"_a, "sin"_a, "position"_a, "q_out"_a, "keys"_a, "values"_a)
-      .def("attention", &attention, "q"_a, "keys"_a, "values"_a, "position"_a, "q_gate"_a, "out"_a)
-      .def("route", &route, "logits"_a, "k"_a, "chosen"_a, "weights"_a)
+      .def("rms_norm", &rms_norm, "x"_array, "w"_array, "eps"_a, "out"_array)
+      .def("add_rms_norm", &add_rms_norm, "x"_array, "delta"_array, "w"_array, "eps"_a, "out"_array)
+      .def("gated_rms_norm", &gated_rms_norm, "o"_array, "z"_array, "w"_array, "eps"_a, "out"_array)
+      .def("causal_conv1d", &causal_conv1d, "u"_array, "w"_array, "state"_array, "out"_array)
+      .def("gated_delta_rule", &gated_delta_rule, "mixed"_array, "a"_array, "b"_array, "a_log"_array,
+           "dt_bias"_array, "state"_array, "out"_array, "key_heads"_a)
+      .def("attention_prepare", &attention_prepare, "q_gate"_array, "k"_array, "v"_array, "q_norm"_array,
+           "k_norm"_array, "eps"_a, "cos"_array, "sin"_array, "position"_a, "q_out"_array, "keys"_array,
+           "values"_array)
+      .def("attention", &attention, "q"_array, "keys"_array, "values"_array, "position"_a, "q_gate"_array,
+           "out"_array)
+      .def("route", &route, "logits"_array, "k"_a, "chosen"_array, "weights"_array)
       .def_prop_ro("scratch_nbytes", &FloatOps::scratch_nbytes);
 }
 

@@ -31,12 +31,13 @@ DirectMode parse_mode(const std::string& mode) {
 // Blocks in slices, so that Ctrl-C is noticed while the drive hangs.
 nb::list wait(Reader& reader) {
   std::vector<Completion> completions;
-  while (completions.empty()) {
+  for (;;) {
     {
       nb::gil_scoped_release release;
       completions = reader.wait(std::chrono::milliseconds(100));
     }
-    if (completions.empty() && reader.outstanding() == 0) break;
+    if (!completions.empty() || reader.outstanding() == 0) break;
+    // Only with nothing in hand: an exception here would lose completions.
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
   nb::list out;

@@ -3,11 +3,14 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "array_args.h"
 #include "flashmoe/cpu.h"
 #include "flashmoe/quant_ops.h"
 #include "flashmoe/thread_pool.h"
@@ -32,6 +35,7 @@ TileMatrix tile_matrix(int64_t rows, int64_t cols, int bits, int group, bool f16
   require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
   require(group == 32 || group == 64, "group must be 32 or 64");
   require(cols % group == 0, "cols must be a multiple of group");
+  require(cols / group <= kMaxGroups, "cols must be at most 2,048 groups");
   TileMatrix w;
   w.rows = rows;
   w.groups = cols / group;
@@ -87,12 +91,13 @@ int64_t ffn_nbytes(const FfnLayout& layout) {
 }
 
 void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
-            const std::vector<Floats>& outs) {
+            const std::vector<Floats>& outs, bool precise) {
   require(x.ndim() == 2, "x must have shape [tokens, cols]");
-  require(weights.size() == outs.size() && weights.size() <= 8, "one out for each weight, at most 8");
+  require(weights.size() == outs.size() && weights.size() <= kMaxLinearWeights,
+          "one out for each weight, at most 8");
   const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
-  Matrix matrices[8];
-  float* pointers[8];
+  Matrix matrices[kMaxLinearWeights];
+  float* pointers[kMaxLinearWeights];
   for (size_t i = 0; i < weights.size(); ++i) {
     require(weights[i] != nullptr && weights[i]->cols == cols, "x and a weight differ in columns");
     require(static_cast<int64_t>(outs[i].size()) == tokens * weights[i]->rows, "an out has the wrong size");
@@ -100,7 +105,7 @@ void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
     pointers[i] = outs[i].data();
   }
   nb::gil_scoped_release release;
-  ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()});
+  ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()}, precise);
 }
 
 void embed(QuantOps& ops, const Weight& table, const Ints& ids, const Floats& out) {
@@ -120,34 +125,49 @@ void prepare(QuantOps& ops, TokenInput& input, const Floats& x, int group) {
   ops.prepare(input, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), group);
 }
 
-// addresses[j] serves the pairs [offsets[j], offsets[j + 1]).
+using Shared = std::tuple<const TokenInput*, const FfnLayout*, uintptr_t>;
+
+ExpertJob expert_job(const TokenInput& input, const FfnLayout& layout, uintptr_t address, int64_t begin,
+                     int64_t end, bool precise) {
+  require(begin <= end && address != 0, "offsets must not fall, addresses must not be 0");
+  require(input.cols() == layout.hidden && input.group() == layout.gate_up.group,
+          "the input was prepared for another width or group");
+  return {&layout, &input, reinterpret_cast<const uint8_t*>(address), begin, end - begin, precise};
+}
+
+// addresses[j] serves the pairs [offsets[j], offsets[j + 1]); `shared`, the block of every token, those
+// before.
 void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
                 const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& offsets,
-                const Ints& tokens, const Ints& rows, const Floats& out,
-                const std::optional<Floats>& weights) {
+                const Ints& tokens, const Ints& rows, const Floats& out, const std::optional<Floats>& weights,
+                const std::optional<Shared>& shared) {
   const int64_t pairs = static_cast<int64_t>(tokens.size());
-  require(offsets.size() == addresses.size() + 1 && offsets.front() == 0 && offsets.back() == pairs,
-          "offsets must run from 0 to the number of pairs");
+  require(offsets.size() == addresses.size() + 1 && offsets.back() == pairs &&
+              (shared ? offsets.front() >= 0 : offsets.front() == 0),
+          "offsets must run from 0 (from the shared block's pairs) to the number of pairs");
   require(rows.size() == tokens.size() && (!weights || weights->size() == tokens.size()),
           "tokens, rows and weights differ in length");
-  require(input.view().cols == layout.hidden && input.group() == layout.gate_up.group,
-          "the input was prepared for another width or group");
+  std::vector<ExpertJob> jobs;
+  jobs.reserve(addresses.size() + 1);
+  if (shared) {
+    const auto [shared_input, shared_layout, address] = *shared;
+    require(shared_input != nullptr && shared_layout != nullptr && shared_layout->hidden == layout.hidden,
+            "the shared block has another width");
+    jobs.push_back(expert_job(*shared_input, *shared_layout, address, 0, offsets.front(), true));
+    require(shared_input->tokens() == input.tokens(), "the inputs differ in tokens");
+  }
+  for (size_t j = 0; j < addresses.size(); ++j) {
+    jobs.push_back(expert_job(input, layout, addresses[j], offsets[j], offsets[j + 1], false));
+  }
   const int64_t out_rows = static_cast<int64_t>(out.size()) / layout.hidden;
   for (int64_t p = 0; p < pairs; ++p) {
     require(tokens.data()[p] >= 0 && tokens.data()[p] < input.tokens(), "a token index is out of range");
     require(rows.data()[p] >= 0 && rows.data()[p] < out_rows, "a result row is out of range");
   }
-  std::vector<ExpertJob> jobs(addresses.size());
-  for (size_t j = 0; j < jobs.size(); ++j) {
-    require(offsets[j] <= offsets[j + 1] && addresses[j] != 0,
-            "offsets must not fall, addresses must not be 0");
-    jobs[j] = {reinterpret_cast<const uint8_t*>(addresses[j]), offsets[j], offsets[j + 1] - offsets[j]};
-  }
   nb::gil_scoped_release release;
   std::span<const float> factors;
   if (weights) factors = {weights->data(), weights->size()};
-  ops.expert_ffn(input, layout, jobs, {tokens.data(), tokens.size()}, {rows.data(), rows.size()}, factors,
-                 out.data());
+  ops.expert_ffn(jobs, {tokens.data(), tokens.size()}, {rows.data(), rows.size()}, factors, out.data());
 }
 
 void combine(QuantOps& ops, const Floats& y, const Ints& rows, const Floats& weights, const Floats& out) {
@@ -190,8 +210,8 @@ void bind_kernels(nb::module_& m) {
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
   nb::class_<Weight>(m, "Weight").def_ro("rows", &Weight::rows).def_ro("cols", &Weight::cols);
-  m.def("tile_weight", &tile_weight, "tiles"_a, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a);
-  m.def("dense_weight", &dense_weight, "data"_a, "rows"_a, "cols"_a, "type"_a);
+  m.def("tile_weight", &tile_weight, "tiles"_array, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a);
+  m.def("dense_weight", &dense_weight, "data"_array, "rows"_a, "cols"_a, "type"_a);
   nb::class_<FfnLayout>(m, "FfnLayout")
       .def_prop_ro("nbytes", &ffn_nbytes)
       .def_ro("down_offset", &FfnLayout::down_offset);
@@ -205,14 +225,15 @@ void bind_kernels(nb::module_& m) {
             new (self) QuantOps(pool, parse_isa(isa), int8);
           },
           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
-      .def("linear", &linear, "x"_a, "weights"_a, "outs"_a)
-      .def("embed", &embed, "table"_a, "ids"_a, "out"_a)
-      .def("prepare", &prepare, "input"_a, "x"_a, "group"_a)
-      .def("expert_ffn", &expert_ffn, "input"_a, "layout"_a, "addresses"_a, "offsets"_a, "tokens"_a, "rows"_a,
-           "out"_a, "weights"_a = nb::none())
-      .def("combine", &combine, "y"_a, "rows"_a, "weights"_a, "out"_a)
-      .def("sigmoid", &sigmoid, "x"_a, "out"_a)
-      .def("read_bandwidth", &read_bandwidth, "data"_a)
+      .def("linear", &linear, "x"_array, "weights"_a, "outs"_array, "precise"_a = false)
+      .def("embed", &embed, "table"_a, "ids"_array, "out"_array)
+      .def("prepare", &prepare, "input"_a, "x"_array, "group"_a)
+      .def("expert_ffn", &expert_ffn, "input"_a, "layout"_a, "addresses"_a, "offsets"_a, "tokens"_array,
+           "rows"_array, "out"_array, "weights"_array = nb::none(), "shared"_a = nb::none())
+      .def("combine", &combine, "y"_array, "rows"_array, "weights"_array, "out"_array)
+      .def("sigmoid", &sigmoid, "x"_array, "out"_array)
+      .def("read_bandwidth", &read_bandwidth, "data"_array)
+      .def("int8_peak", &QuantOps::int8_peak, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("scratch_nbytes", &QuantOps::scratch_nbytes);
 }
 

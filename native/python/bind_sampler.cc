@@ -2,6 +2,9 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <stdexcept>
+
+#include "array_args.h"
 #include "flashmoe/sampler.h"
 
 namespace nb = nanobind;
@@ -17,6 +20,8 @@ using Mask = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::
 int32_t sample(Sampler& self, const Logits& logits, const std::optional<Mask>& allowed) {
   std::span<const uint32_t> mask;
   if (allowed) mask = {allowed->data(), allowed->size()};
+  // An empty span means that every token is allowed; an empty array allows none.
+  if (allowed && mask.empty()) throw std::invalid_argument("the mask of allowed tokens is empty");
   nb::gil_scoped_release release;
   return self.sample({logits.data(), logits.size()}, mask);
 }
@@ -36,8 +41,8 @@ void bind_sampler(nb::module_& m) {
           "repetition_penalty"_a, "seed"_a)
       .def(
           "observe_prompt",
-          [](Sampler& self, const Ids& ids) { self.observe_prompt({ids.data(), ids.size()}); }, "ids"_a)
-      .def("sample", &sample, "logits"_a, "allowed"_a = nb::none())
+          [](Sampler& self, const Ids& ids) { self.observe_prompt({ids.data(), ids.size()}); }, "ids"_array)
+      .def("sample", &sample, "logits"_array, "allowed"_array = nb::none())
       .def_prop_ro("probability", &Sampler::probability);
 }
 

@@ -24,18 +24,28 @@ def random_matrix(codec: TileCodec, rows: int, cols: int, seed: int) -> Quantize
     return Quantized(codes, raw[0], raw[1])
 
 
-def quantized(x: np.ndarray, group: int) -> np.ndarray:
-    """What the int8 path sees instead of x (float64), from the definition in quant_kernels.h."""
+LIMIT, LIMIT_HIDDEN = 3.25, 4.5  # kCoarseLimit, kCoarseLimitHidden
+F = np.float32
+
+
+def quantized(x: np.ndarray, group: int, limit: float = LIMIT) -> np.ndarray:
+    """What the int8 path sees instead of x (float64), from the definition in quant_kernels.h; limit 0: precise."""
     parts = x.reshape(x.shape[0], -1, group)
     amax = np.abs(parts).max(-1, keepdims=True)
-    inverse = np.where(amax > 1e-34, np.float32(16256) / np.where(amax > 0, amax, 1), 0).astype(np.float32)
-    scale = (amax / np.float32(16256)).astype(np.float32)
-    return (np.rint(parts * inverse).astype(np.float64) * scale).reshape(x.shape)
+    scaled = parts * np.where(amax > 1e-34, F(127) / np.where(amax > 0, amax, 1), 0).astype(F)
+    high = np.rint(scaled)
+    low = np.rint((scaled - high) * F(128))
+    rms = np.sqrt((x.astype(np.float64) ** 2).mean(-1))[:, None, None]
+    fine = amax > limit * rms
+    scale = (amax / F(127)).astype(np.float64)
+    return ((high + np.where(fine, low / 128.0, 0)) * scale).reshape(x.shape)
 
 
-def expected_linear(codec: TileCodec, matrix: Quantized, x: np.ndarray, activations: str) -> np.ndarray:
+def expected_linear(
+    codec: TileCodec, matrix: Quantized, x: np.ndarray, activations: str, limit: float = LIMIT
+) -> np.ndarray:
     """float64 product with the dequantised weights."""
-    seen = quantized(x, codec.group) if activations == "int8" else x.astype(np.float64)
+    seen = quantized(x, codec.group, limit) if activations == "int8" else x.astype(np.float64)
     return seen @ codec.values(matrix).astype(np.float64).T
 
 
@@ -47,6 +57,7 @@ def test_linear_matches_float64(codec: TileCodec, activations: str, isa: str) ->
     for rows, cols, tokens in ((5, 64, 1), (33, 192, 3), (16, 128, 37)):
         matrix = random_matrix(codec, rows, cols, rows)
         x = np.random.default_rng(7).normal(size=(tokens, cols)).astype(np.float32)
+        x[tokens // 2, 1] = 20  # a group with a low plane
         x[0, :64] = 0  # a group of zeros must not divide by zero
         out = np.full((tokens, rows), np.nan, np.float32)
         ops.linear(x, [ops.weight(codec.pack(*matrix), codec, rows, cols)], [out])
@@ -63,6 +74,7 @@ def test_every_isa_thread_count_and_split_gives_the_same_bits(codec: TileCodec, 
     matrix = random_matrix(codec, rows, cols, 1)
     tiles = codec.pack(*matrix)
     x = np.random.default_rng(2).normal(size=(tokens, cols)).astype(np.float32)
+    x[::3, 70] = 9  # some groups get a low plane
     results = []
     for isa in ISAS:
         for threads in (1, 2, 3):
@@ -129,18 +141,22 @@ def test_embed_is_the_dequantised_row_bit_for_bit(codec: TileCodec, isa: str) ->
 
 
 def ffn_reference(
-    parts: list[tuple[TileCodec, Quantized]], x: np.ndarray, activations: str, padded: int
+    parts: list[tuple[TileCodec, Quantized]], x: np.ndarray, activations: str, padded: int, precise: bool
 ) -> np.ndarray:
-    gate, up = (expected_linear(codec, matrix, x, activations) for codec, matrix in parts[:2])
+    limits = (0.0, 0.0) if precise else (LIMIT, LIMIT_HIDDEN)
+    gate, up = (expected_linear(codec, matrix, x, activations, limits[0]) for codec, matrix in parts[:2])
     hidden = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
     hidden = np.pad(hidden, ((0, 0), (0, padded - hidden.shape[1])))
-    return expected_linear(*parts[2], hidden, activations)
+    return expected_linear(*parts[2], hidden, activations, limits[1])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activations", ["int8", "f32"])
+@pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize(("gate_up", "down"), [(4, 4), (2, 3), (3, 8), (8, 2)])
-def test_expert_ffn_matches_float64(gate_up: int, down: int, activations: str, isa: str) -> None:
+def test_expert_ffn_matches_float64(
+    gate_up: int, down: int, precise: bool, activations: str, isa: str
+) -> None:
     hidden, intermediate, tokens = 128, 80, 6  # 80 columns of down are padded to 128
     layout = FfnLayout(hidden, intermediate, TileCodec(gate_up, 64), TileCodec(down, 64))
     ops = CpuOps(2, activations, isa)
@@ -156,8 +172,11 @@ def test_expert_ffn_matches_float64(gate_up: int, down: int, activations: str, i
     ops.prepare(source, x, 64)
     out = np.empty((tokens, hidden), np.float32)
     rows = np.arange(tokens, dtype=np.int32)
-    ops.expert_ffn(source, weights.layout, [weights.address], [0, tokens], rows, rows[::-1].copy(), out)
-    want = ffn_reference(parts, x, activations, layout.intermediate_padded)
+    addresses, offsets, shared = [weights.address], [0, tokens], None
+    if precise:  # as the block of every token
+        addresses, offsets, shared = [], [tokens], (source, weights.layout, weights.address)
+    ops.expert_ffn(source, weights.layout, addresses, offsets, rows, rows[::-1].copy(), out, None, shared)
+    want = ffn_reference(parts, x, activations, layout.intermediate_padded, precise)
     # Rounding of the hidden values to int8 may flip by one code between float32 and float64.
     tolerance = (0.02 if activations == "int8" else 2e-5) * np.abs(want).max()
     assert np.abs(out[::-1] - want).max() <= tolerance

@@ -3,15 +3,16 @@
 // A tile is 16 rows x `group` columns (docs/format.md); matrix tiles follow one another row tile by row
 // tile.  All functions are pure: no allocation, no state, any number of threads at once.
 //
-// Arithmetic of every function, the same in every instruction set and for every number of tokens:
-//   int8 path:  x is a 15-bit integer of two int8 planes, 128 * high + low, times one scale a group;
-//               d = 128 * (sum q*high) + (sum q*low);  acc = fma(float(d), s_rg * xs_g, acc);
-//               acc = fma(b_rg, xsum_g, acc)
+// Arithmetic of every function, the same in every instruction set and for every number of tokens, g
+// ascending:
+//   int8 path:  x ~ scale * (high + low / 128), two int8 planes; the low one counts in groups marked fine
+//   only.
+//               acc = fma(float(sum q*high), s_rg * xs_g, acc);  acc = fma(b_rg, xsum_g, acc);
+//               if fine: acc = fma(float(sum q*low), s_rg * (xs_g / 128), acc)
 //   f32 path:   d = fma over the group's columns ascending of q * x;  acc = fma(s_rg, d, acc);
 //               acc = fma(b_rg, xsum_g, acc)
-// with g ascending.  d is exact: at most 64 * 255 * 16,256 = 2.7e8.  xsum_g is the sum of the quantised
-// values, so that the rounding errors of both terms cancel as far as a weight's code and bias do
-// (docs/experiments.md).
+// Integer sums are exact: at most 64 * 255 * 127 = 2.1e6.  xsum_g is the sum of the quantised values, so that
+// the rounding errors of both terms cancel as far as a weight's code and bias do (docs/experiments.md).
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@
 namespace flashmoe {
 
 constexpr int64_t kTileRows = 16;
+constexpr int64_t kMaxGroups = 2048;  // of one row; 65,536 columns in groups of 32
 
 struct TileMatrix {
   const uint8_t* tiles = nullptr;
@@ -35,14 +37,29 @@ struct TileMatrix {
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// Activations of some tokens: rows of `cols` = groups * group values.  q is null on the f32 path.
+// Activations of some tokens.  Planes are stored group by group, so that the tokens of a group are
+// neighbours: rows of 4 KiB would all fall into the same few sets of the first-level cache.  high is null on
+// the f32 path.
 struct Activations {
-  const int8_t* q = nullptr;  // [tokens, 2, cols]: high plane, low plane
-  const float* x = nullptr;
-  const float* scale = nullptr;  // [tokens, groups]
-  const float* sum = nullptr;    // [tokens, groups]
+  const int8_t* high = nullptr;   // [groups, tokens, group]
+  const int8_t* low = nullptr;    // [groups, tokens, group]
+  const uint8_t* fine = nullptr;  // [groups, tokens]: the low plane counts; null: it counts everywhere
+  const float* scale = nullptr;   // [groups, tokens]
+  const float* sum = nullptr;     // [groups, tokens]
+  const float* x = nullptr;       // [tokens, cols], f32 path
+  int64_t tokens = 0;
   int64_t cols = 0;
-  int64_t groups = 0;
+};
+
+// Where the activations of one token go; the arrays of Activations, `tokens` rows each.
+struct QuantizedRows {
+  int8_t* high = nullptr;
+  int8_t* low = nullptr;
+  uint8_t* fine = nullptr;
+  float* scale = nullptr;
+  float* sum = nullptr;       // with the low plane where fine
+  float* fine_sum = nullptr;  // with the low plane everywhere
+  int64_t tokens = 0;
 };
 
 // Which activation rows feed a product and where its results go.
@@ -60,11 +77,15 @@ struct DenseMatrix {
   enum class Type { f32, bf16, f16 } type = Type::f32;
 };
 
+constexpr int64_t kPeakMultiplyAdds = 1024 * 12;  // of one round of multiply_registers
+
 struct QuantKernels {
-  // One token's row: planes q [2, cols], scale = amax / 16,256 and sum per group.  cols % group == 0.
-  void (*quantize)(const float* x, int64_t cols, int group, int8_t* q, float* scale, float* sum);
-  // Group sums alone, for the f32 path.
-  void (*group_sums)(const float* x, int64_t cols, int group, float* sum);
+  // Row `token` of the planes: high = round(x / scale) with scale = amax / 127, low = round(128 * the rest);
+  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.
+  void (*quantize)(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
+                   const QuantizedRows& out);
+  // Group sums alone, for the f32 path: sum[g * tokens + token].
+  void (*group_sums)(const float* x, int64_t cols, int group, int64_t token, int64_t tokens, float* sum);
   // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.
   void (*matmul)(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
                  int64_t tile_end, float* out, int64_t out_stride);
@@ -82,6 +103,9 @@ struct QuantKernels {
   // Reads every cache line of [data, data + nbytes) once, nbytes % 64 == 0; the result only keeps the reads
   // alive.
   uint32_t (*read_all)(const uint8_t* data, int64_t nbytes);
+  // `rounds` times kPeakMultiplyAdds integer multiply-adds between registers: what matmul could do at most.
+  // The result only keeps them alive.
+  uint32_t (*multiply_registers)(int64_t rounds);
 };
 
 const QuantKernels& quant_kernels_scalar();

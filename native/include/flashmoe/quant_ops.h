@@ -1,7 +1,9 @@
 // Quantised linear layers and expert feed-forward blocks over the kernel table, split over a thread pool.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <variant>
 #include <vector>
@@ -22,11 +24,45 @@ class GrowOnly {
     return data_.data();
   }
   T* data() { return data_.data(); }
+  const T* data() const { return data_.data(); }
   int64_t nbytes() const { return static_cast<int64_t>(data_.size() * sizeof(T)); }
 
  private:
   std::vector<T> data_;
 };
+
+// Groups whose largest value exceeds this many times the row's root mean square get a low plane: 3 % of them
+// when values are normally distributed.  Between the two products of a feed-forward block values have longer
+// tails.
+constexpr float kCoarseLimit = 3.25f;
+constexpr float kCoarseLimitHidden = 4.5f;
+
+// Planes of some tokens' activations in memory that only grows.
+class PlaneBuffer {
+ public:
+  // Room for `values` activations in groups of at least 32.
+  void reserve(int64_t values);
+  // Rows and groups from value `offset` on, which is a multiple of 64; `tokens` rows.
+  QuantizedRows rows(int64_t offset, int64_t tokens);
+  int64_t nbytes() const;
+
+ private:
+  GrowOnly<int8_t> high_, low_;
+  GrowOnly<uint8_t> fine_;
+  GrowOnly<float> scale_, sum_, fine_sum_;
+};
+
+// The planes as kernels read them; precise: the low plane counts in every group.
+inline Activations activations_of(const QuantizedRows& rows, bool precise, int64_t cols) {
+  return {rows.high,
+          rows.low,
+          precise ? nullptr : rows.fine,
+          rows.scale,
+          precise ? rows.fine_sum : rows.sum,
+          nullptr,
+          rows.tokens,
+          cols};
+}
 
 // Quantised (or, on the f32 path, referenced) activations of some tokens, ready for any number of products.
 // Holds a pointer to the floats it was made from; not thread-safe.
@@ -35,17 +71,21 @@ class TokenInput {
   // x: [tokens, cols]; cols must be a multiple of group.  The f32 path keeps x itself, which must stay valid.
   void set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens, int64_t cols,
            int group, bool int8);
-  const Activations& view() const { return view_; }
+  // precise: the low plane counts in every group.
+  Activations view(bool precise) const;
   int64_t tokens() const { return tokens_; }
+  int64_t cols() const { return cols_; }
   int group() const { return group_; }
-  int64_t nbytes() const { return q_.nbytes() + scale_.nbytes() + sum_.nbytes(); }
+  int64_t nbytes() const { return planes_.nbytes() + f32_sums_.nbytes(); }
 
  private:
-  GrowOnly<int8_t> q_;
-  GrowOnly<float> scale_, sum_;
-  Activations view_;
-  int64_t tokens_ = 0;
+  PlaneBuffer planes_;
+  GrowOnly<float> f32_sums_;
+  QuantizedRows rows_;
+  const float* x_ = nullptr;
+  int64_t tokens_ = 0, cols_ = 0;
   int group_ = 0;
+  bool int8_ = false;
 };
 
 // Shape of one feed-forward record (docs/format.md): gate and up tiles alternating, then down.
@@ -62,21 +102,29 @@ struct FfnLayout {
 
 // Work of one expert: its record and the (token, result row) pairs it serves.
 struct ExpertJob {
+  const FfnLayout* layout = nullptr;
+  const TokenInput* input = nullptr;
   const uint8_t* record = nullptr;
   int64_t first = 0;  // into the pair arrays
   int64_t count = 0;
+  bool precise = false;  // low planes count everywhere
 };
+
+constexpr size_t kMaxLinearWeights = 8;  // of one linear call
 
 // Not thread-safe: one QuantOps per inference thread; it may share the pool with other op objects.
 class QuantOps {
  public:
-  QuantOps(ThreadPool& pool, Isa isa, bool int8) : pool_(pool), kernels_(quant_kernels(isa)), int8_(int8) {}
+  QuantOps(ThreadPool& pool, Isa isa, bool int8);
+  ~QuantOps();
+  QuantOps(const QuantOps&) = delete;
+  QuantOps& operator=(const QuantOps&) = delete;
 
   void prepare(TokenInput& input, const float* x, int64_t tokens, int64_t cols, int group);
 
-  // outs[i][t, r] = sum_c W_i[r, c] x[t, c]; x: [tokens, cols].
+  // outs[i][t, r] = sum_c W_i[r, c] x[t, c]; x: [tokens, cols].  precise: see TokenInput.
   void linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
-              std::span<float* const> outs);
+              std::span<float* const> outs, bool precise);
 
   // out[t, :] = row ids[t] of the table.  Ids must be in range.
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out);
@@ -84,9 +132,8 @@ class QuantOps {
   // For every job and pair p: y = ffn(record, x[tokens[p]]).
   // weights empty: out[rows[p], :] = y;  else out[rows[p], :] = fma(weights[p], y, out[rows[p], :]), jobs in
   // the order given.
-  void expert_ffn(const TokenInput& input, const FfnLayout& layout, std::span<const ExpertJob> jobs,
-                  std::span<const int32_t> tokens, std::span<const int32_t> rows,
-                  std::span<const float> weights, float* out);
+  void expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens,
+                  std::span<const int32_t> rows, std::span<const float> weights, float* out);
 
   // out[rows[p], :] = fma(weights[p], y[p, :], out[rows[p], :]) for p ascending.
   void combine(const float* y, int64_t cols, std::span<const int32_t> rows, std::span<const float> weights,
@@ -97,18 +144,30 @@ class QuantOps {
   // Bytes per second of all threads reading `nbytes` (a multiple of 64) once; best of three passes.
   double read_bandwidth(const uint8_t* data, int64_t nbytes);
 
+  // Integer multiply-adds per second of all threads together between registers; best of three passes.
+  double int8_peak();
+
   int64_t scratch_nbytes() const;
 
  private:
-  void linear_tiles(const TileMatrix& w, const TokenInput& input, float* out);
-  void linear_dense(const DenseMatrix& w, const float* x, int64_t tokens, float* out);
+  struct LinearPart;
+  struct Job;
+
+  void run_linear_task(const LinearPart& part, int64_t task, const float* x, int64_t tokens, bool precise);
+  void lay_out(std::span<const ExpertJob> jobs);
+  void run_up_task(Job& job, int64_t task, const int32_t* tokens);
+  void run_down_task(int64_t begin, int64_t end, const Job& job, const int32_t* rows, const float* weights,
+                     float* out);
+  Activations hidden_view(const Job& job);
 
   ThreadPool& pool_;
   const QuantKernels& kernels_;
   bool int8_;
   TokenInput linear_input_[2];  // groups of 32 and of 64
-  TokenInput hidden_input_;
   GrowOnly<float> hidden_;
+  PlaneBuffer hidden_planes_;
+  GrowOnly<float> hidden_sums_;
+  std::vector<Job> jobs_;
 };
 
 }  // namespace flashmoe

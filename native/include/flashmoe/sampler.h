@@ -33,7 +33,8 @@ class Sampler {
   void observe_prompt(std::span<const int32_t> ids);
 
   // The next token, which is then counted as generated.  `allowed`: one bit a token, empty for all.
-  // Throws std::runtime_error when a logit is not a number or no token is allowed.
+  // Throws std::runtime_error when a logit is not a number, no token is allowed or the largest allowed logit
+  // is infinite; std::invalid_argument when the mask is shorter than the vocabulary.
   int32_t sample(std::span<const float> logits, std::span<const uint32_t> allowed);
 
   // Probability that the last sampled token had after all filters.

@@ -66,6 +66,7 @@ void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64
 
 void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
                                 const float* a_log, const float* dt_bias, float* state, float* out) {
+  if (shape.tokens == 0) return;  // the kernel reads the first token's key before it asks for more
   const int64_t keys = shape.key_heads * shape.key_dim, heads = shape.value_heads;
   float* q = scratch_.at_least(shape.tokens * (2 * keys + shape.key_heads + 2 * heads));
   float* k = q + shape.tokens * keys;

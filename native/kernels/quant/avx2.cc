@@ -69,23 +69,11 @@ FLASHMOE_INLINE F32x16 load_scales(const uint8_t* p, bool f16) {
   const uint16_t* raw = reinterpret_cast<const uint16_t*>(p);
   return f16 ? load_f16(raw) : load_bf16(raw);
 }
-FLASHMOE_INLINE I32x16 i32_shl7(I32x16 v) {
-  return {{_mm256_slli_epi32(v.half[0], 7), _mm256_slli_epi32(v.half[1], 7)}};
-}
 FLASHMOE_INLINE I32x16 round_i32(F32x16 v) { return {{_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}}; }
 FLASHMOE_INLINE void store_i8(int8_t* p, I32x16 v) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.half[0], v.half[1]), 0xd8);
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-}
-FLASHMOE_INLINE void split_planes(I32x16 v, int8_t* high, int8_t* low) {
-  I32x16 h, l;
-  for (int i = 0; i < 2; ++i) {
-    h.half[i] = _mm256_srai_epi32(_mm256_add_epi32(v.half[i], _mm256_set1_epi32(64)), 7);
-    l.half[i] = _mm256_sub_epi32(v.half[i], _mm256_slli_epi32(h.half[i], 7));
-  }
-  store_i8(high, h);
-  store_i8(low, l);
 }
 
 }  // namespace

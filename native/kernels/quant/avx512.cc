@@ -35,13 +35,9 @@ FLASHMOE_INLINE F32x16 load_scales(const uint8_t* p, bool f16) {
   const uint16_t* raw = reinterpret_cast<const uint16_t*>(p);
   return f16 ? load_f16(raw) : load_bf16(raw);
 }
-FLASHMOE_INLINE I32x16 i32_shl7(I32x16 v) { return _mm512_slli_epi32(v, 7); }
 FLASHMOE_INLINE I32x16 round_i32(F32x16 v) { return _mm512_cvtps_epi32(v.v); }
-FLASHMOE_INLINE void split_planes(I32x16 v, int8_t* high, int8_t* low) {
-  const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), 7);
-  const __m512i l = _mm512_sub_epi32(v, _mm512_slli_epi32(h, 7));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(h));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(l));
+FLASHMOE_INLINE void store_i8(int8_t* p, I32x16 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }
 
 }  // namespace

@@ -67,22 +67,13 @@ inline F32x16 load_scales(const uint8_t* p, bool f16) {
   std::memcpy(raw, p, sizeof raw);
   return f16 ? load_f16(raw) : load_bf16(raw);
 }
-inline I32x16 i32_shl7(I32x16 v) {
-  for (int32_t& lane : v.lane) lane *= 128;
-  return v;
-}
 inline I32x16 round_i32(F32x16 v) {
   I32x16 out;
   for (int i = 0; i < 16; ++i) out.lane[i] = static_cast<int32_t>(std::nearbyint(v.v[i]));
   return out;
 }
-// high = round(v / 128) with halves upwards, low = v - 128 * high in [-64, 63].
-inline void split_planes(I32x16 v, int8_t* high, int8_t* low) {
-  for (int i = 0; i < 16; ++i) {
-    const int32_t h = (v.lane[i] + 64) >> 7;
-    high[i] = static_cast<int8_t>(h);
-    low[i] = static_cast<int8_t>(v.lane[i] - 128 * h);
-  }
+inline void store_i8(int8_t* p, I32x16 v) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.lane[i]);
 }
 
 }  // namespace

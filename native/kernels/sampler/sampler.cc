@@ -55,6 +55,7 @@ void Sampler::gather(std::span<const float> logits, std::span<const uint32_t> al
     largest = std::max(largest, logits[id]);
   }
   if (!any) throw std::runtime_error("no token is allowed here");
+  if (std::isinf(largest)) throw std::runtime_error("the largest allowed logit is infinite");
   const bool greedy = settings_.temperature == 0.0f;
   const float limit = greedy ? largest : largest - kNegligible * settings_.temperature;
   candidates_.clear();
@@ -113,7 +114,7 @@ int32_t Sampler::draw() {
 int32_t Sampler::sample(std::span<const float> logits, std::span<const uint32_t> allowed) {
   if (logits.empty()) throw std::runtime_error("there are no logits to sample from");
   if (!allowed.empty() && allowed.size() * 32 < logits.size()) {
-    throw std::runtime_error("the mask of allowed tokens is shorter than the vocabulary");
+    throw std::invalid_argument("the mask of allowed tokens is shorter than the vocabulary");
   }
   std::span<const float> seen = logits;
   if (!generated_.empty()) {

@@ -213,6 +213,10 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"generation_config.json: {key} must be a number, not {value!r}: correct it")
+    try:
+        SamplingParams(**defaults)
+    except ConfigError as error:
+        raise ConfigError(f"generation_config.json: {error}: correct it") from error
     return defaults
 
 

@@ -6,6 +6,7 @@ even that only once a command is known.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -28,6 +29,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 EXIT_BROKEN_PIPE = 141  # as a shell reports SIGPIPE
+_DRIVE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has left.  Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it has left
         return EXIT_BROKEN_PIPE
     except (FlashmoeError, OSError) as error:
         message = _message(error)
         if message is None or env.traceback_wanted():
             raise
+        if isinstance(error, OSError) and error.filename is None:
+            _discard_output()
         print(f"flashmoe: error: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -93,8 +96,15 @@ def _overview() -> str:
     )
 
 
+def _discard_output() -> None:
+    """Send what is still buffered to nowhere: Python would complain once more when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _message(error: FlashmoeError | OSError) -> str | None:
     """The error in one line, None when it is a bug of ours: an OSError that names no file of the user's."""
     if isinstance(error, FlashmoeError):
         return " ".join(str(error).split())
+    if error.filename is None and error.errno in _DRIVE_IS_FULL:  # our own files are named: this is stdout
+        return f"cannot write the output ({error.strerror}): free some space or send it elsewhere"
     return None if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"

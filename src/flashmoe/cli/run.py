@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe.cli import options
 from flashmoe.cli.demo import find_demo_bundle
+from flashmoe.errors import PromptError
 from flashmoe.types import format_size
 
 if TYPE_CHECKING:
@@ -120,8 +121,15 @@ def execute(args: argparse.Namespace) -> int:
 def _split_words(words: list[str]) -> tuple[str | None, str]:
     if len(words) > 2:
         raise _usage_error(f"expected [BUNDLE] PROMPT, got {len(words)} words: put the prompt in quotes")
-    prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
+    prompt = _read_stdin() if words[-1] == "-" else words[-1]
     return (words[0] if len(words) == 2 else None), prompt
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompt on stdin is no {error.encoding} text: give it in UTF-8") from error
 
 
 def _usage_error(message: str) -> SystemExit:
@@ -166,8 +174,8 @@ def _show(llm: LLM, chunks: Iterator[Chunk]) -> None:
     shown = False
     try:
         for chunk in chunks:
+            shown = True  # before: Ctrl-C may strike while it is printed
             print(chunk.text, end="", flush=True)
-            shown = True
     finally:
         if shown:  # also when interrupted: the next line is not the answer's
             print(flush=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
-from flashmoe.bundle.manifest import MANIFEST_FILE, stored_shape
+from flashmoe.bundle.manifest import MANIFEST_FILE, RESIDENT_FILE, stored_shape
 from flashmoe.bundle.reader import Bundle
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.convert.journal import JOURNAL_FILE
 from flashmoe.convert.outline import make_outline
 from flashmoe.convert.plan import DEFAULT_BITS, make_plan
 from flashmoe.convert.sources import Sources
@@ -20,6 +21,9 @@ from flashmoe.errors import CheckpointError, ConfigError
 from flashmoe.models.registry import find_family
 
 Tensor = tuple[str, Codec, tuple[int, ...]]
+
+# No checkpoint has these: a folder with one of them is a bundle, if perhaps an unfinished one.
+_BUNDLE_FILES = (MANIFEST_FILE, RESIDENT_FILE, JOURNAL_FILE)
 
 
 def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     path = Path(path)
     if path.is_file():
         return _describe_config(path, bits)
-    if (path / MANIFEST_FILE).exists():
+    if any((path / name).exists() for name in _BUNDLE_FILES):
         return _describe_bundle(Bundle.open(path))
     if not path.is_dir():
         raise CheckpointError(

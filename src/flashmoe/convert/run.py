@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from flashmoe.bundle.codecs import U8
-from flashmoe.bundle.manifest import FileRecord, Manifest
+from flashmoe.bundle.manifest import MANIFEST_FILE, FileRecord, Manifest
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import write_manifest, write_whole
 from flashmoe.checkpoint import Checkpoint, Skipped, read_config
@@ -75,6 +75,10 @@ def convert(
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise CheckpointError(f"{src} is not a directory: give the directory of a downloaded model")
+    if (src / MANIFEST_FILE).exists():
+        raise CheckpointError(
+            f"{src} is a bundle already: run it as it is, or convert the checkpoint it was made from"
+        )
     read_config(src)  # before dst is created
     journal = open_output(dst)
     try:

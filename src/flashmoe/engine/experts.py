@@ -64,27 +64,39 @@ class StreamedExperts:
             self._factors = np.empty(k + 1, np.float32)
         order = chosen[0].argsort()
         experts = chosen[0][order].tolist()
-        with self._cache.request(layer, experts) as request:
-            token, row = self._zeros[:1], self._rows[:1]
-            ops.expert_ffn(
-                self._inputs[shared.group], shared.layout, [shared.address], [0, 1], token, row, self._y
-            )
-            self._run_ready(layout, group, experts, request.hits)
-            while ready := request.next_ready():
-                self._run_ready(layout, group, experts, ready)
+        block = (self._inputs[shared.group], shared.layout, shared.address)
         self._factors[0] = shared_weights[0]
         self._factors[1:] = weights[0][order]
         out.fill(0)
+        with self._cache.request(layer, experts) as request:
+            if len(request.hits) == k:  # nothing to wait for: summed on the way
+                self._run_ready(layout, group, experts, request.hits, block, self._zeros, out, self._factors)
+                return
+            self._run_ready(layout, group, experts, request.hits, block, self._rows, self._y)
+            while ready := request.next_ready():
+                self._run_ready(layout, group, experts, ready, None, self._rows, self._y)
         ops.combine(self._y, self._zeros, self._factors, out)
 
-    def _run_ready(self, layout: Any, group: int, experts: list[int], ready: list[tuple[int, int]]) -> None:
-        n = len(ready)
-        if n == 0:
-            return
+    def _run_ready(
+        self,
+        layout: Any,
+        group: int,
+        experts: list[int],
+        ready: list[tuple[int, int]],
+        shared: Any,
+        rows: I32,
+        out: F32,
+        factors: F32 | None = None,
+    ) -> None:
+        """One call for these experts, and for the shared block if given; expert i's result goes to rows[1 + i]."""
         addresses = [self._base + slot * self._stride for _, slot in ready]
-        rows = np.array([1 + experts.index(expert) for expert, _ in ready], np.int32)
-        offsets = list(range(n + 1))
-        self._ops.expert_ffn(self._inputs[group], layout, addresses, offsets, self._zeros[:n], rows, self._y)
+        first = 0 if shared is None else 1
+        mine = [0] * first + [1 + experts.index(expert) for expert, _ in ready]
+        n = len(mine)
+        offsets = list(range(first, n + 1))
+        self._ops.expert_ffn(
+            self._inputs[group], layout, addresses, offsets, self._zeros[:n], rows[mine], out, factors, shared
+        )
 
     def _many_tokens(
         self,
@@ -100,15 +112,10 @@ class StreamedExperts:
         ops, (count, k) = self._ops, chosen.shape
         everyone = np.arange(count, dtype=np.int32)
         out.fill(0)
+        block = (self._inputs[shared.group], shared.layout, shared.address)
+        everyone_first = [count]
         ops.expert_ffn(
-            self._inputs[shared.group],
-            shared.layout,
-            [shared.address],
-            [0, count],
-            everyone,
-            everyone,
-            out,
-            shared_weights,
+            self._inputs[group], layout, [], everyone_first, everyone, everyone, out, shared_weights, block
         )
         pairs = chosen.ravel().argsort(kind="stable")
         tokens = (pairs // k).astype(np.int32)

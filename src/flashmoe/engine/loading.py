@@ -11,13 +11,14 @@ from numpy.typing import DTypeLike
 
 from flashmoe import env
 from flashmoe.bundle.codecs import U8
+from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import memory
 from flashmoe.engine.bound import measure_drive
 from flashmoe.engine.embedding import make_embedding, streamed_nbytes
 from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.resident import ResidentWeights, resident_range
-from flashmoe.errors import ConfigError
+from flashmoe.errors import BundleError, ConfigError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import ModelFamily, find_family
@@ -59,6 +60,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
     bundle = Bundle.open(path)
     family = find_family(bundle.config)
     config = _config(family, bundle, options)
+    _check_bundle(bundle, family, config)
     context = _context(config, options)
     kv_dtype: DTypeLike = np.float32 if options.activations == "f32" else np.float16
     per_token = options.experts_per_token or config.num_experts_per_tok
@@ -133,6 +135,29 @@ def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen
             f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts"
         )
     return config
+
+
+def _check_bundle(bundle: Bundle, family: ModelFamily, config: Qwen35Config) -> None:
+    """Manifest and config.json must speak of the same model; tensors are compared when they are bound."""
+    if bundle.model_type != family.model_type:
+        raise BundleError(
+            f"{bundle.path / MANIFEST_FILE}: model_type is {bundle.model_type!r}, config.json says "
+            f"{family.model_type!r}: convert the model again"
+        )
+    wanted = set(range(config.num_hidden_layers)) - config.dense_layers
+    if {layer.layer for layer in bundle.expert_layers} != wanted:
+        raise BundleError(
+            f"{bundle.path / MANIFEST_FILE} does not list the experts of exactly the {len(wanted)} layers that "
+            "config.json gives experts: convert the model again"
+        )
+    sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    for layer in bundle.expert_layers:
+        found = (layer.count, layer.ffn.hidden, layer.ffn.intermediate)
+        if found != sizes:
+            raise BundleError(
+                f"{layer.path}: experts, hidden and intermediate size are {found}, config.json wants {sizes}: "
+                "convert the model again"
+            )
 
 
 def _context(config: Qwen35Config, options: EngineOptions) -> int:

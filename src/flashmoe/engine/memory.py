@@ -16,6 +16,9 @@ RESERVE_NBYTES = 40 << 20
 CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 # Scratch memory may take this share of what is left for slots before the chunk is halved.
 _WORKSPACE_SHARE = 0.125
+# Two starts of the same command differ in what the process holds when it plans: by 0.2 MiB, more when the first
+# one still had to load its libraries.  The smallest budget that is named must work when it is tried.
+_NAMED_SLACK_NBYTES = 4 << 20
 # Left to the rest of the machine when no budget is given.
 _AUTO_SHARE = 0.8
 
@@ -84,13 +87,15 @@ def make_plan(
     process = env.current_memory() + RESERVE_NBYTES
     fixed = process + demand.resident_nbytes + demand.state_nbytes
     smallest_chunk = chunk or CHUNKS[-1]
+    slots = None if slots is None else min(slots, demand.experts)  # more could never be filled
     wanted = slots if slots is not None else demand.min_slots
     smallest = fixed + demand.workspace_nbytes(smallest_chunk) + wanted * demand.record_nbytes
     limit = default_budget() if budget is None else budget
     if limit < smallest:
+        named = -(-(smallest + _NAMED_SLACK_NBYTES) // (1 << 20))
         raise BudgetError(
             f"a memory budget of {format_size(limit)} is too small: the smallest that works is "
-            f"--memory {-(-smallest // (1 << 20))}MiB (at --context {demand.context}; a shorter context needs less)"
+            f"--memory {named}MiB (at --context {demand.context}; a shorter context needs less)"
         )
     chunk = chunk or _choose_chunk(demand, limit - fixed)
     workspace = demand.workspace_nbytes(chunk)

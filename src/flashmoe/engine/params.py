@@ -46,8 +46,8 @@ class SamplingParams:
             if not fits or (value == least and not inclusive):
                 bracket = "[" if inclusive else "("
                 raise ConfigError(f"{name} must lie in {bracket}{least:g}, {most:g}], got {value!r}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 (all) or positive, got {self.top_k}")
+        if type(self.top_k) is not int or not 0 <= self.top_k < 1 << 31:
+            raise ConfigError(f"top_k must be a whole number from 0 (all) to 2^31 - 1, got {self.top_k!r}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as NativeTokenizer
 
-from flashmoe.errors import BundleError
+from flashmoe.errors import BundleError, PromptError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -56,7 +56,14 @@ class TextTokenizer:
 
         Special tokens written out in the text become their ids.  add_special_tokens adds what the model's own
         post-processor puts around a plain text (often nothing); a rendered chat already has it.
+        Raises PromptError when the text holds half of a surrogate pair, as undecodable bytes of a command line do.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the prompt is no valid text (character {error.start} is {text[error.start]!a}): give it in UTF-8"
+            ) from error
         return list(self._native.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

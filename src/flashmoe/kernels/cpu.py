@@ -99,3 +99,7 @@ class CpuOps:
     def read_bandwidth(self, data: U8) -> float:
         """Bytes per second at which all threads together read `data`; best of three passes."""
         return self._quant.read_bandwidth(data)
+
+    def int8_peak(self) -> float:
+        """Integer multiply-adds per second that all threads together reach between registers; best of three passes."""
+        return self._quant.int8_peak()

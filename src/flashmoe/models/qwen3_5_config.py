@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,7 @@ class _Fields:
 
     def refuse(self, key: str, rule: str) -> Any:
         value = self._table.get(key)
-        found = "is missing" if value is None else f"is {value!r}"
+        found = "is missing" if value is None else f"is {reprlib.repr(value)}"
         raise ConfigError(
             f"config.json: {self._prefix}{key} {found}, {rule}: use the model's own config.json, unchanged"
         )

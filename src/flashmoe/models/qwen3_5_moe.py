@@ -151,7 +151,7 @@ class Qwen35Moe:
             return np.empty((0, self.config.vocab_size), np.float32)
         rows = h if logits_of == "all" else h[-1:]
         logits: F32 = self._work.get("logits", (rows.shape[0], self.config.vocab_size))
-        self._ops.linear(rows, self._head, [logits])
+        self._ops.linear(rows, self._head, [logits], True)
         return logits
 
 

@@ -52,7 +52,7 @@ class SparseMoe:
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         logits = work.get("router", (tokens, shape.experts))
         shared_weights = work.get("shared_weights", (tokens,))
-        ops.linear(x, self._gates, [logits, shared_weights])
+        ops.linear(x, self._gates, [logits, shared_weights], True)
         ops.sigmoid(shared_weights, shared_weights)
         chosen = work.get("chosen", (tokens, shape.experts_per_token), np.int32)
         weights = work.get("weights", (tokens, shape.experts_per_token))
@@ -72,4 +72,5 @@ class DenseMlp:
         tokens, record = x.shape[0], self._record
         rows = np.arange(tokens, dtype=np.int32)
         self._ops.prepare(self._input, x, record.group)
-        self._ops.expert_ffn(self._input, record.layout, [record.address], [0, tokens], rows, rows, out)
+        shared = (self._input, record.layout, record.address)
+        self._ops.expert_ffn(self._input, record.layout, [], [tokens], rows, rows, out, None, shared)

@@ -46,7 +46,7 @@ class ExpertCache:
         if layers and arena.count < self.min_slots(experts_per_token):
             needed = self.min_slots(experts_per_token)
             raise BudgetError(
-                f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory"
+                f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory or --expert-slots"
             )
         self._reader, self._arena, self._policy = reader, arena, policy
         self._layers, self._checksums = dict(layers), checksums
@@ -69,17 +69,12 @@ class ExpertCache:
         self._hits += len(hits)
         if len(hits) == len(experts):
             return Request(self, layer, hits, {})
-        keep = set(experts)
-        missing = {}
-        for expert in experts:
-            if expert not in resident:
-                slot = self._take(layer, keep)
-                if slot is None:
-                    raise BudgetError(
-                        f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory"
-                    )
-                missing[slot] = expert
-                self._submit(layer, expert, slot)
+        missing: dict[int, int] = {}
+        try:
+            self._read_missing(layer, experts, missing)
+        except BaseException:  # Ctrl-C too: nobody else would wait for the reads that have begun
+            self._drain(missing)
+            raise
         self._misses += len(missing)
         return Request(self, layer, hits, missing)
 
@@ -115,6 +110,19 @@ class ExpertCache:
     def resident(self, layer: int) -> dict[int, int]:
         """expert -> slot of what is in memory now (a copy)."""
         return dict(self._resident[layer])
+
+    def _read_missing(self, layer: int, experts: Sequence[int], missing: dict[int, int]) -> None:
+        """Start reading the experts that are not resident; `missing` gets slot -> expert of each."""
+        keep = set(experts)
+        for expert in experts:
+            if expert not in self._resident[layer]:
+                slot = self._take(layer, keep)
+                if slot is None:
+                    raise BudgetError(
+                        f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory"
+                    )
+                missing[slot] = expert
+                self._submit(layer, expert, slot)
 
     def _read_ahead(
         self,
@@ -152,9 +160,12 @@ class ExpertCache:
         began = time.perf_counter()
         completions = self._reader.wait()
         self._stall += time.perf_counter() - began
+        assert completions, "reads in flight never completed"
         ready, failed = [], ""
         for slot, error in completions:
-            expert = landing.pop(slot)
+            expert = landing.pop(slot, None)
+            if expert is None:  # of a request that Ctrl-C stopped twice, its slot belongs to nobody any more
+                continue
             error = error or self._damage(layer, expert, slot)
             if error:
                 failed = failed or f"layer {layer}, expert {expert}: cannot read {error}"
@@ -172,10 +183,16 @@ class ExpertCache:
 
     def _drain(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
         """Wait until nothing of `landing` is in flight; its slots become free (staging ones stay where they are)."""
-        while landing:
-            for slot, _ in self._reader.wait():
+        while completions := self._reader.wait() if landing else []:
+            for slot, _ in completions:
                 if landing.pop(slot, None) is not None and slot not in staged:
                     self._arena.give_back(slot)
+        # Nothing is in flight any more.  What is left was never submitted, or its completion was lost when Ctrl-C
+        # interrupted the wait() that had fetched it.
+        for slot in landing:
+            if slot not in staged:
+                self._arena.give_back(slot)
+        landing.clear()
 
     def _damage(self, layer: int, expert: int, slot: int) -> str:
         if self._checksums is None:
@@ -237,9 +254,10 @@ class Request:
 
         Raises ReadError (after the request's other reads have ended) when one cannot be read.
         """
-        if not self._landing:
-            return []
-        return self._cache._land(self._layer, self._landing, set())
+        while self._landing:
+            if ready := self._cache._land(self._layer, self._landing, set()):
+                return ready
+        return []
 
     def __enter__(self) -> Self:
         return self

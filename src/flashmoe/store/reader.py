@@ -15,6 +15,7 @@ __all__ = ["AlignedBuffer", "ExpertReader", "NativeReader", "Read"]
 # (file index, offset, bytes, buffer, offset in the buffer); offsets are multiples of 4096.
 Read = tuple[int, int, int, AlignedBuffer, int]
 
+_BULK_TAG = 1 << 62  # of read_many's pieces: no number that a caller uses
 _PIECE = 8 << 20  # large reads are cut into pieces that keep all I/O threads busy
 
 
@@ -49,11 +50,16 @@ class BulkReads:
 
     def read_many(self, reads: Sequence[Read]) -> None:
         """See ExpertReader."""
-        for read in itertools.chain.from_iterable(_pieces(read) for read in reads):
-            self.submit(read, 0)
         errors = []
-        while completions := self.wait():
-            errors += [error for _, error in completions if error]
+        try:
+            for read in itertools.chain.from_iterable(_pieces(read) for read in reads):
+                self.submit(read, _BULK_TAG)
+            while completions := self.wait():
+                errors += [error for _, error in completions if error]
+        except BaseException:  # Ctrl-C too: these reads must not complete in somebody else's wait()
+            while self.wait():
+                continue
+            raise
         if errors:
             raise ReadError(f"cannot read {errors[0]}: run `flashmoe verify` on the bundle")
 

@@ -20,11 +20,12 @@ FLASHMOE_INLINE float reduce_max(F32x16 v) {
   return lane[0];
 }
 
-// e^x with a relative error below 2e-7; 0 below -87 (no subnormals), saturating at e^88.
+// e^x with a relative error below 2e-7; 0 below -87 (no subnormals), saturating at e^88, NaN of NaN.
 // Cody-Waite reduction to [-ln2/2, ln2/2] and the Taylor polynomial of degree 7, whose remainder is
 // (ln2/2)^8 / 8! = 5e-9.
 FLASHMOE_INLINE F32x16 exp(F32x16 x) {
-  const F32x16 clamped = max(min(x, set1(88.0f)), set1(-87.0f));
+  // min and max give their second operand when one is NaN: in this order a NaN goes through.
+  const F32x16 clamped = max(set1(-87.0f), min(set1(88.0f), x));
   const F32x16 n = round_even(mul(clamped, set1(1.44269504f)));
   F32x16 r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);

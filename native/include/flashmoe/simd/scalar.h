@@ -37,11 +37,12 @@ FLASHMOE_INLINE F32x16 min(F32x16 a, F32x16 b) { FLASHMOE_LANES(a.v[i] < b.v[i] 
 FLASHMOE_INLINE F32x16 abs(F32x16 a) { FLASHMOE_LANES(std::fabs(a.v[i])); }
 FLASHMOE_INLINE F32x16 sqrt(F32x16 a) { FLASHMOE_LANES(std::sqrt(a.v[i])); }
 FLASHMOE_INLINE F32x16 round_even(F32x16 a) { FLASHMOE_LANES(std::nearbyint(a.v[i])); }
-// 2^n of integral lanes in [-126, 127].
+// 2^n of integral lanes in [-126, 127]; anything for NaN.
 FLASHMOE_INLINE F32x16 exp2_integer(F32x16 n) {
   F32x16 out;
   for (int i = 0; i < 16; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+    const int32_t exponent = std::isnan(n.v[i]) ? 0 : static_cast<int32_t>(n.v[i]);
+    const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
     std::memcpy(&out.v[i], &bits, 4);
   }
   return out;

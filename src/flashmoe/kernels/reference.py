@@ -1,0 +1,219 @@
+"""A backend in numpy: slow, obvious, float64 inside.  Tests compare every other backend with it.
+
+A model runs on it unchanged, some thousand times slower than on the native one.  Arguments are trusted, except where
+numpy itself objects: a broken shape is the caller's bug.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec
+from flashmoe.errors import ConfigError
+from flashmoe.kernels.ops import F32, I32, Cache
+from flashmoe.kernels.reference_delta import delta_inputs, recurrent
+from flashmoe.kernels.reference_quant import (
+    F64,
+    ReferenceInput,
+    ReferenceRecord,
+    ReferenceWeight,
+    feed_forward,
+    sigmoid,
+)
+
+
+class ReferenceOps:
+    """All operations of kernels/ops.py; see there for shapes and mathematics.
+
+    activations: "int8" sees quantised inputs as the fast path does, "f32" the inputs themselves.
+    Raises ConfigError for anything else.  Stateless, hence thread-safe.
+    """
+
+    def __init__(self, activations: str = "int8") -> None:
+        if activations not in ("int8", "f32"):
+            raise ConfigError(f"unknown activations {activations!r}: choose one of int8, f32")
+        self._int8 = activations == "int8"
+
+    scratch_nbytes = 0
+
+    # Weights
+
+    def weight(self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int) -> ReferenceWeight:
+        """A matrix over its bytes."""
+        return ReferenceWeight(data, codec, rows, cols)
+
+    def ffn_layout(self, layout: FfnLayout) -> FfnLayout:
+        """The layout itself."""
+        return layout
+
+    def ffn_weights(self, data: U8, layout: FfnLayout) -> ReferenceRecord:
+        """A record in memory."""
+        return ReferenceRecord(layout, data.ctypes.data, data)
+
+    def token_input(self) -> ReferenceInput:
+        """An empty input."""
+        return ReferenceInput()
+
+    def read_bandwidth(self, data: U8) -> float:
+        """Bytes per second of one numpy reduction."""
+        began = time.perf_counter()
+        data.max(initial=0)
+        return data.nbytes / max(time.perf_counter() - began, 1e-9)
+
+    # Products
+
+    def linear(
+        self, x: F32, weights: Sequence[ReferenceWeight], outs: Sequence[F32], precise: bool = False
+    ) -> None:
+        """See Ops."""
+        for weight, out in zip(weights, outs, strict=True):
+            out.reshape(len(x), weight.rows)[...] = weight.product(x, precise, self._int8)
+
+    def embed(self, table: ReferenceWeight, ids: I32, out: F32) -> None:
+        """See Ops."""
+        out.reshape(len(ids), table.cols)[...] = table.values[ids]
+
+    def prepare(self, input: ReferenceInput, x: F32, group: int) -> None:
+        """See Ops."""
+        input.x, input.group = x, group
+
+    def expert_ffn(
+        self,
+        input: ReferenceInput,
+        layout: FfnLayout,
+        addresses: Sequence[int],
+        offsets: Sequence[int],
+        tokens: I32,
+        rows: I32,
+        out: F32,
+        weights: F32 | None = None,
+        shared: tuple[ReferenceInput, FfnLayout, int] | None = None,
+    ) -> None:
+        """See Ops."""
+        jobs = [(input, layout, address, False) for address in addresses]
+        bounds = list(offsets)
+        if shared is not None:
+            jobs.insert(0, (*shared, True))
+            bounds.insert(0, 0)
+        out = out.reshape(-1, layout.hidden)
+        for (source, shape, address, precise), begin, end in zip(jobs, bounds, bounds[1:], strict=True):
+            assert source.x is not None
+            y = feed_forward(source.x[tokens[begin:end]], shape, address, precise, self._int8)
+            if weights is None:
+                out[rows[begin:end]] = y
+            else:
+                self.combine(y, rows[begin:end], weights[begin:end], out)
+
+    def combine(self, y: F32 | F64, rows: I32, weights: F32, out: F32) -> None:
+        """See Ops; one rounding a step, as a fused multiply-add has."""
+        for values, row, weight in zip(y, rows, weights, strict=False):
+            out[row] = np.float64(weight) * values + out[row]
+
+    # Between the products
+
+    def sigmoid(self, x: F32, out: F32) -> None:
+        """See Ops."""
+        out.reshape(x.shape)[...] = sigmoid(x.astype(np.float64))
+
+    def rms_norm(self, x: F32, w: F32, eps: float, out: F32) -> None:
+        """See Ops."""
+        out.reshape(x.shape)[...] = _normalised(x, eps) * w
+
+    def add_rms_norm(self, x: F32, delta: F32, w: F32, eps: float, out: F32) -> None:
+        """See Ops."""
+        x += delta.reshape(x.shape)
+        self.rms_norm(x, w, eps, out)
+
+    def gated_rms_norm(self, o: F32, z: F32, w: F32, eps: float, out: F32) -> None:
+        """See Ops."""
+        gate = z.astype(np.float64).reshape(-1, len(w))
+        normed = _normalised(o.reshape(-1, len(w)), eps) * w
+        out.reshape(-1, len(w))[...] = normed * gate * sigmoid(gate)
+
+    def causal_conv1d(self, u: F32, w: F32, state: F32, out: F32) -> None:
+        """See Ops."""
+        taps, tokens = len(w), len(u)
+        rows = np.concatenate([state, u])
+        for t in range(tokens):
+            total = (rows[t : t + taps].astype(np.float64) * w).sum(0)
+            out[t] = total * sigmoid(total)
+        state[...] = rows[tokens:]
+
+    def gated_delta_rule(
+        self, mixed: F32, a: F32, b: F32, a_log: F32, dt_bias: F32, state: F32, out: F32, key_heads: int
+    ) -> None:
+        """See Ops."""
+        inputs = delta_inputs(mixed, a, b, a_log, dt_bias, state.shape, key_heads)
+        result, after = recurrent(inputs, state.astype(np.float64))
+        out.reshape(result.shape)[...] = result
+        state[...] = after
+
+    def attention_prepare(
+        self,
+        q_gate: F32,
+        k: F32,
+        v: F32,
+        q_norm: F32,
+        k_norm: F32,
+        eps: float,
+        cos: F32,
+        sin: F32,
+        position: int,
+        q_out: F32,
+        keys: Cache,
+        values: Cache,
+    ) -> None:
+        """See Ops."""
+        tokens, heads, dim = q_out.shape
+        new = slice(position, position + tokens)
+        angles = cos[new].astype(np.float64)[:, None], sin[new].astype(np.float64)[:, None]
+        queries = q_gate.reshape(tokens, heads, 2, dim)[:, :, 0]
+        q_out[...] = _rotated(_normalised(queries, eps) * q_norm, *angles)
+        rotated = _rotated(_normalised(k.reshape(tokens, -1, dim), eps) * k_norm, *angles)
+        # Through float32, as any backend computes it: float16 then rounds the same number.
+        keys[:, new] = rotated.astype(np.float32).transpose(1, 0, 2)
+        values[:, new] = v.reshape(tokens, -1, dim).transpose(1, 0, 2)
+
+    def attention(self, q: F32, keys: Cache, values: Cache, position: int, q_gate: F32, out: F32) -> None:
+        """See Ops."""
+        tokens, heads, dim = q.shape
+        gate = sigmoid(q_gate.reshape(tokens, heads, 2, dim)[:, :, 1].astype(np.float64))
+        result = out.reshape(tokens, heads, dim)
+        for t in range(tokens):
+            for h in range(heads):
+                kv_head = h // (heads // len(keys))
+                visible = slice(0, position + t + 1)
+                scores = keys[kv_head, visible].astype(np.float64) @ q[t, h] / np.sqrt(dim)
+                result[t, h] = _softmax(scores) @ values[kv_head, visible].astype(np.float64) * gate[t, h]
+
+    def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
+        """See Ops."""
+        if np.isnan(logits).any():
+            raise RuntimeError("the router computed a value that is not a number")
+        order = np.argsort(-logits, axis=-1, kind="stable")[:, :k]  # stable: the lower number of equals first
+        chosen.reshape(order.shape)[...] = order
+        best = np.take_along_axis(_softmax(logits.astype(np.float64)), order, axis=-1)
+        weights.reshape(order.shape)[...] = best / best.sum(-1, keepdims=True)
+
+
+def _softmax(x: F64) -> F64:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(e / e.sum(-1, keepdims=True), np.float64)
+
+
+def _normalised(x: NDArray[Any], eps: float) -> F64:
+    """x / sqrt(mean(x^2) + eps) over the last axis."""
+    wide = x.astype(np.float64)
+    return np.asarray(wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + eps), np.float64)
+
+
+def _rotated(x: F64, cos: F64, sin: F64) -> F64:
+    """x [T, heads, D] with the pairs (i, i + half) turned by the angles of cos, sin [T, 1, half]."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)

@@ -1,0 +1,125 @@
+"""The quantised operations of kernels/ops.py in float64: what planes hold, matrices and feed-forward records."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec, unpack_ffn
+from flashmoe.checkpoint.dtypes import half_to_f32
+from flashmoe.kernels.ops import F32
+
+F64 = NDArray[np.float64]
+
+# In units of a row's root mean square: groups with a larger value get a low plane.  Measured on the demo model's
+# activations (docs/experiments.md); between the two products of a feed-forward block tails are longer.
+COARSE_LIMIT, COARSE_LIMIT_HIDDEN = 3.25, 4.5
+PRECISE = 0.0  # every group gets one
+
+
+def sigmoid(x: F64) -> F64:
+    """1 / (1 + exp(-x)), to full relative precision on both sides."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)), np.float64)
+
+
+def quantized(x: F32, group: int, coarse_limit: float) -> F64:
+    """What a product sees of x [T, K] on the int8 path, [T, K]: scale * (high + low / 128) per group.
+
+    The integers come from float32 arithmetic, because that decides how a half is rounded.
+    """
+    parts = x.reshape(len(x), -1, group)
+    largest = np.abs(parts).max(-1, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore"):
+        # Below 1e-34 the reciprocal overflows; such a group counts as zero.
+        inverse = np.where(largest > 1e-34, np.float32(127) / largest, np.float32(0))
+    scaled = parts * inverse
+    high = np.rint(scaled)
+    low = np.rint((scaled - high) * np.float32(128))
+    mean_square = np.square(x, dtype=np.float64).mean(-1)[:, None, None]
+    fine = np.square(largest, dtype=np.float64) > coarse_limit**2 * mean_square
+    scale = (largest / np.float32(127)).astype(np.float64)
+    return np.asarray(scale * (high + np.where(fine, low / 128.0, 0.0)), np.float64).reshape(x.shape)
+
+
+def seen(x: F32, group: int, coarse_limit: float, int8: bool) -> F64:
+    """The input of a product with tiles, on either activation path."""
+    return quantized(x, group, coarse_limit) if int8 else x.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class ReferenceWeight:
+    """A matrix [rows, cols] over its bytes."""
+
+    data: U8
+    codec: TileCodec | DenseCodec
+    rows: int
+    cols: int
+
+    @cached_property
+    def values(self) -> F32:
+        """float32 [rows, cols]."""
+        codec = self.codec
+        if isinstance(codec, TileCodec):
+            return codec.dequantize(self.data, self.rows, self.cols)
+        raw = np.ascontiguousarray(self.data).reshape(-1).view(np.uint8)
+        if codec.dtype == "f32":
+            return raw.view(np.float32).reshape(self.rows, self.cols)
+        half = half_to_f32(raw.view(np.uint16), "f16" if codec.dtype == "f16" else "bf16")
+        return half.reshape(self.rows, self.cols)
+
+    def product(self, x: F32, precise: bool, int8: bool) -> F64:
+        """x W^T, [T, rows]."""
+        codec = self.codec
+        if isinstance(codec, TileCodec):
+            limit = PRECISE if precise else COARSE_LIMIT
+            return seen(x, codec.group, limit, int8) @ self.values.T.astype(np.float64)
+        return x.astype(np.float64) @ self.values.T.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """A feed-forward record in memory."""
+
+    layout: FfnLayout
+    address: int
+    owner: U8
+
+    @property
+    def group(self) -> int:
+        """Columns of a gate or up tile."""
+        return self.layout.gate_up.group
+
+
+@dataclass
+class ReferenceInput:
+    """Activations [T, K] and the group size that prepare() was given."""
+
+    x: F32 | None = None
+    group: int = 0
+
+
+def feed_forward(x: F32, layout: FfnLayout, address: int, precise: bool, int8: bool) -> F64:
+    """W_down (silu(W_gate x) * (W_up x)) of the record at `address`, [T, hidden]."""
+    gate, up, down = _record_values(layout, address)
+    source = seen(x, layout.gate_up.group, PRECISE if precise else COARSE_LIMIT, int8)
+    gated = source @ gate.T
+    hidden = gated * sigmoid(gated) * (source @ up.T)
+    padded = np.zeros((len(x), layout.intermediate_padded), np.float32)
+    padded[:, : layout.intermediate] = hidden
+    return seen(padded, layout.down.group, PRECISE if precise else COARSE_LIMIT_HIDDEN, int8) @ down.T
+
+
+def _record_values(layout: FfnLayout, address: int) -> tuple[F64, F64, F64]:
+    """float64 gate, up [I, H] and down [H, padded I] of the bytes at `address`."""
+    bytes_there: Any = (ctypes.c_uint8 * layout.nbytes).from_address(address)
+    gate, up, down = unpack_ffn(layout, np.ctypeslib.as_array(bytes_there))
+    return (
+        layout.gate_up.values(gate).astype(np.float64),
+        layout.gate_up.values(up).astype(np.float64),
+        layout.down.values(down).astype(np.float64),
+    )
