@@ -2,6 +2,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -110,8 +111,9 @@ void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, con
   require(size(q_norm) == shape.head_dim && size(k_norm) == shape.head_dim, "q_norm and k_norm: [head_dim]");
   const int64_t kv = shape.tokens * shape.kv_heads * shape.head_dim;
   require(size(k) == kv && size(v) == kv, "k and v must be [tokens, kv_heads * head_dim]");
-  const int64_t last = position + shape.tokens;
-  require(position >= 0 && last <= key_view.context && last <= value_view.context && last <= dim(cos, 0),
+  // Differences: position + tokens could overflow.
+  const int64_t shortest = std::min({key_view.context, value_view.context, dim(cos, 0)});
+  require(position >= 0 && position <= shortest - shape.tokens,
           "the positions do not fit the cache or the rotary table");
   nb::gil_scoped_release release;
   ops.attention_prepare(shape, q_gate.data(), k.data(), v.data(), q_norm.data(), k_norm.data(), eps,
@@ -124,9 +126,8 @@ void attention(FloatOps& ops, const Floats& q, const Cache& keys, const Cache& v
   const CacheView key_view = cache_view(keys, shape.kv_heads, shape.head_dim);
   const CacheView value_view = cache_view(values, shape.kv_heads, shape.head_dim);
   require(size(out) == size(q), "out must have q's size");
-  require(position >= 0 && position + shape.tokens <= key_view.context &&
-              position + shape.tokens <= value_view.context,
-          "the positions do not fit the cache");
+  const int64_t shortest = std::min(key_view.context, value_view.context);
+  require(position >= 0 && position <= shortest - shape.tokens, "the positions do not fit the cache");
   nb::gil_scoped_release release;
   ops.attention(shape, q.data(), key_view, value_view, position, q_gate.data(), out.data());
 }

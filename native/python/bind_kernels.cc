@@ -159,7 +159,9 @@ void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
   for (size_t j = 0; j < addresses.size(); ++j) {
     jobs.push_back(expert_job(input, layout, addresses[j], offsets[j], offsets[j + 1], false));
   }
-  const int64_t out_rows = static_cast<int64_t>(out.size()) / layout.hidden;
+  require(out.ndim() == 2 && static_cast<int64_t>(out.shape(1)) == layout.hidden,
+          "out must have shape [rows, hidden]");
+  const int64_t out_rows = static_cast<int64_t>(out.shape(0));
   for (int64_t p = 0; p < pairs; ++p) {
     require(tokens.data()[p] >= 0 && tokens.data()[p] < input.tokens(), "a token index is out of range");
     require(rows.data()[p] >= 0 && rows.data()[p] < out_rows, "a result row is out of range");

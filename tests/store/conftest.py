@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -77,6 +78,13 @@ class World:
             experts_per_token=k,
             checksums=checksums,
         )
+
+    def stream(self, layer: int, experts: Sequence[int], most: int = 1) -> Iterator[tuple[int, int]]:
+        """The cache's stream, one (expert, slot) after another; leaving it early leaves the cache's."""
+        with closing(self.cache.stream(layer, experts, most)) as batches:
+            for batch in batches:
+                assert 1 <= len(batch) <= most
+                yield from batch
 
     def record(self, layer: int, expert: int) -> bytes:
         """What the drive holds."""

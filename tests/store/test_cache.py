@@ -65,9 +65,9 @@ def test_any_order_of_completion_gives_the_same_experts(make_world: MakeWorld, n
         world.check()
 
 
-def visit(world: Any, layer: int, seen: list[int]) -> None:
+def visit(world: Any, layer: int, seen: list[int], most: int = 1) -> None:
     """Stream all experts of a layer; ``seen`` gets them one by one."""
-    for expert, slot in world.cache.stream(layer, range(world.experts)):
+    for expert, slot in world.stream(layer, range(world.experts), most):
         assert world.holds(slot, layer, expert)
         seen.append(expert)
 
@@ -128,7 +128,7 @@ class TestFailedReads:
         assert seen == list(range(len(seen)))
         assert 4 not in seen
         world.check()
-        assert [expert for expert, _ in world.cache.stream(2, range(6))] == list(range(6))
+        assert [expert for expert, _ in world.stream(2, range(6))] == list(range(6))
         world.check()
 
 
@@ -163,10 +163,11 @@ def test_a_request_left_early_waits_and_frees_its_slots(make_world: MakeWorld, c
 class TestStream:
     """Visiting many experts of a layer once."""
 
-    def test_each_expert_is_read_once_in_file_order(self, make_world: MakeWorld) -> None:
+    @pytest.mark.parametrize("most", [1, 4, 64])
+    def test_each_expert_is_read_once_in_file_order(self, make_world: MakeWorld, most: int) -> None:
         world = make_world(3, experts=20)
         visited: list[int] = []
-        visit(world, 1, visited)
+        visit(world, 1, visited, most)
         assert visited == list(range(20))
         assert experts_read(world) == [(1, expert) for expert in range(20)]
         world.check()
@@ -174,7 +175,7 @@ class TestStream:
     @pytest.mark.parametrize("name", ORDERS)
     def test_reads_run_ahead_and_finish_in_any_order(self, make_world: MakeWorld, name: str) -> None:
         world, ahead = make_world(16, experts=40, order=ORDERS[name]), []
-        for expert, slot in world.cache.stream(0, range(40)):
+        for expert, slot in world.stream(0, range(40)):
             assert world.holds(slot, 0, expert)
             ahead.append(world.reader.outstanding)
         assert max(ahead) >= 7
@@ -185,12 +186,12 @@ class TestStream:
         world = make_world(10)
         world.request(1, [2, 4])
         before = len(world.reader.reads)
-        assert [expert for expert, _ in world.cache.stream(1, range(6))] == list(range(6))
+        assert [expert for expert, _ in world.stream(1, range(6))] == list(range(6))
         assert experts_read(world)[before:] == [(1, 0), (1, 1), (1, 3), (1, 5)]
 
     def test_free_slots_keep_what_was_visited(self, make_world: MakeWorld) -> None:
         world = make_world(6)
-        list(world.cache.stream(1, [0, 3, 5]))
+        list(world.stream(1, [0, 3, 5]))
         assert world.resident() == {(1, 0), (1, 3), (1, 5)}
         world.check()
 
@@ -198,14 +199,14 @@ class TestStream:
         world = make_world(24, layers=5, experts=40, k=24)
         world.request(0, range(24))
         for layer in range(1, 5):
-            assert [e for e, _ in world.cache.stream(layer, range(40))] == list(range(40))
+            assert [e for e, _ in world.stream(layer, range(40))] == list(range(40))
             assert len(world.resident()) == 16  # eight reads in flight are all that streaming takes
         world.check()
 
     def test_the_next_request_has_all_slots_again(self, make_world: MakeWorld) -> None:
         world = make_world(4, k=4)
         world.request(0, range(4))
-        list(world.cache.stream(1, range(6)))
+        list(world.stream(1, range(6)))
         world.request(2, range(4))
         assert len(world.resident()) == 4
         world.check()
@@ -227,7 +228,7 @@ class TestStream:
     ) -> None:
         world = make_world(slots, experts=20, order=ORDERS["one by one, newest first"])
         world.request(0, [0, 1])
-        stream = world.cache.stream(1, range(20))
+        stream = world.stream(1, range(20))
         for _ in range(steps):
             next(stream)
         stream.close()
@@ -237,7 +238,7 @@ class TestStream:
 
     def test_nothing_to_visit(self, make_world: MakeWorld) -> None:
         world = make_world(2)
-        assert list(world.cache.stream(0, [])) == []
+        assert list(world.stream(0, [])) == []
         assert world.reader.reads == []
 
 
@@ -260,9 +261,9 @@ class TestCtrlC:
         world.request(0, [0, 1])
         world.reader.interrupts = [(2, lost)]
         with pytest.raises(KeyboardInterrupt):
-            list(world.cache.stream(1, range(6)))
+            list(world.stream(1, range(6)))
         world.check()
-        assert [expert for expert, _ in world.cache.stream(1, range(6))] == list(range(6))
+        assert [expert for expert, _ in world.stream(1, range(6))] == list(range(6))
 
     def test_twice_costs_slots_but_never_gives_wrong_bytes(self, make_world: MakeWorld, lost: bool) -> None:
         world = make_world(8, k=3, order=ORDERS["one by one, newest first"])

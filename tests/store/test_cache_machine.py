@@ -123,7 +123,7 @@ class CacheMachine(RuleBasedStateMachine):
     def visit(self, layer: int, experts: Any, steps: int) -> None:
         """The first `steps` experts of a stream; all of them end it."""
         visited = []
-        stream = self.world.cache.stream(layer, experts)
+        stream = self.world.stream(layer, experts)
         for _, (expert, slot) in zip(range(steps), stream, strict=False):
             assert self.world.holds(slot, layer, expert)
             visited.append(expert)

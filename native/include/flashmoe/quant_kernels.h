@@ -62,10 +62,9 @@ struct QuantizedRows {
   int64_t tokens = 0;
 };
 
-// Which activation rows feed a product and where its results go.
+// Where the results of a product go; its tokens are the first `count` rows of the activations.
 struct TokenRows {
   int64_t count = 0;
-  const int32_t* in = nullptr;    // activation row of token i; null: i
   const int32_t* out = nullptr;   // output row of token i; null: i
   const float* weight = nullptr;  // null: out = y;  else out = fma(weight[i], y, out)
 };

@@ -64,6 +64,20 @@ inline Activations activations_of(const QuantizedRows& rows, bool precise, int64
           cols};
 }
 
+// The view from its row `row` on.
+inline Activations rows_from(Activations view, int64_t row, int group) {
+  if (view.high != nullptr) {
+    view.high += row * group;
+    view.low += row * group;
+    view.scale += row;
+  } else {
+    view.x += row * view.cols;
+  }
+  if (view.fine != nullptr) view.fine += row;
+  view.sum += row;
+  return view;
+}
+
 // Quantised (or, on the f32 path, referenced) activations of some tokens, ready for any number of products.
 // Holds a pointer to the floats it was made from; not thread-safe.
 class TokenInput {
@@ -73,6 +87,9 @@ class TokenInput {
            int group, bool int8);
   // precise: the low plane counts in every group.
   Activations view(bool precise) const;
+  // Copies the rows `chosen` to `to` (int8 path) or `x` (f32 path, with their group sums to `sums`).
+  void gather(std::span<const int32_t> chosen, bool precise, const QuantizedRows& to) const;
+  void gather_f32(std::span<const int32_t> chosen, float* x, float* sums) const;
   int64_t tokens() const { return tokens_; }
   int64_t cols() const { return cols_; }
   int group() const { return group_; }
@@ -154,8 +171,9 @@ class QuantOps {
   struct Job;
 
   void run_linear_task(const LinearPart& part, int64_t task, const float* x, int64_t tokens, bool precise);
-  void lay_out(std::span<const ExpertJob> jobs);
-  void run_up_task(Job& job, int64_t task, const int32_t* tokens);
+  void lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens);
+  void gather(Job& job, std::span<const int32_t> tokens);
+  void run_up_task(Job& job, int64_t task);
   void run_down_task(int64_t begin, int64_t end, const Job& job, const int32_t* rows, const float* weights,
                      float* out);
   Activations hidden_view(const Job& job);
@@ -166,6 +184,8 @@ class QuantOps {
   TokenInput linear_input_[2];  // groups of 32 and of 64
   GrowOnly<float> hidden_;
   PlaneBuffer hidden_planes_;
+  PlaneBuffer gathered_planes_;
+  GrowOnly<float> gathered_;
   GrowOnly<float> hidden_sums_;
   std::vector<Job> jobs_;
 };

@@ -22,3 +22,17 @@
 
 // Small bodies must vanish into their loops: a call would spill sixteen vectors.
 #define FLASHMOE_INLINE static inline __attribute__((always_inline))
+
+// Unrolling makes vectors of an array registers.  Under a sanitizer it would only make a file take minutes.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FLASHMOE_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define FLASHMOE_SANITIZED 1
+#endif
+#endif
+#if defined(FLASHMOE_SANITIZED)
+#define FLASHMOE_UNROLL(count)
+#else
+#define FLASHMOE_UNROLL(count) FLASHMOE_PRAGMA(GCC unroll count)
+#endif

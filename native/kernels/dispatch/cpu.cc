@@ -45,9 +45,13 @@ IsaChoice choose_isa() {
   if (wanted == nullptr || *wanted == '\0') {
     return {isas.back(), "the highest level this machine supports"};
   }
-  const Isa isa = parse_isa(wanted);
-  for (Isa have : isas) {
-    if (have == isa) return {isa, "FLASHMOE_CPU asks for it"};
+  for (Isa isa : isas) {
+    if (std::string(wanted) == isa_name(isa)) return {isa, "FLASHMOE_CPU asks for it"};
+  }
+  try {
+    parse_isa(wanted);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("FLASHMOE_CPU: " + std::string(error.what()));
   }
   throw std::invalid_argument("FLASHMOE_CPU=" + std::string(wanted) +
                               " is not supported by this machine: unset it");

@@ -10,6 +10,9 @@ FLASHMOE_TARGET_BEGIN_AVX2
 namespace flashmoe::avx2 {
 namespace {
 
+constexpr int kTogether = 4;
+constexpr bool kSpecialised = true;
+
 struct U8x64 {
   __m256i half[2];  // rows 0-7, rows 8-15
 };

@@ -10,6 +10,9 @@ FLASHMOE_TARGET_BEGIN_AVX512
 namespace flashmoe::avx512 {
 namespace {
 
+constexpr int kTogether = 8;
+constexpr bool kSpecialised = true;
+
 using U8x64 = __m512i;
 using I32x16 = __m512i;
 

@@ -18,12 +18,9 @@ struct TileShape {
 // The tokens of one pass.
 struct TokenBlock {
   const Activations* x;
-  const int32_t* in;  // activation row of each token; null: first, first + 1, ...
   int64_t first;
   int64_t count;
   const uint64_t* fine;  // per group: bit t set when token t has a low plane
-
-  int64_t row(int64_t t) const { return in != nullptr ? in[first + t] : first + t; }
 };
 
 FLASHMOE_INLINE int32_t load_x4(const int8_t* q) {
@@ -36,21 +33,24 @@ FLASHMOE_INLINE I32x16 dot_any(I32x16 acc, U8x64 codes, int bits, int32_t x4) {
   return bits == 8 ? dot4_wide(acc, codes, x4) : dot4(acc, codes, x4);
 }
 
-// Exact integer product of one group with n (<= 4) tokens.
-FLASHMOE_INLINE void group_dots(const U8x64* columns, const TileShape& shape, const int8_t* const* x, int n,
+// Exact integer product of one group with n (<= 8) neighbouring tokens.  One base address: with an address
+// for each token the compiler ran out of registers, and a third of the speed was gone.
+FLASHMOE_INLINE void group_dots(const U8x64* columns, const TileShape& shape, const int8_t* x, int n,
                                 I32x16* d) {
   for (int j = 0; j < n; ++j) d[j] = i32_zero();
-#pragma GCC unroll 16
+  FLASHMOE_UNROLL(16)
   for (int i = 0; i < shape.group / 4; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n; ++j) d[j] = dot_any(d[j], columns[i], shape.bits, load_x4(x[j] + 4 * i));
+    FLASHMOE_UNROLL(8)
+    for (int j = 0; j < n; ++j) {
+      d[j] = dot_any(d[j], columns[i], shape.bits, load_x4(x + j * shape.group + 4 * i));
+    }
   }
 }
 
 FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, const TileShape& shape, const int8_t* x) {
   // Two chains: one token alone would wait for the latency of each step.
   I32x16 even = i32_zero(), odd = i32_zero();
-#pragma GCC unroll 8
+  FLASHMOE_UNROLL(8)
   for (int i = 0; i < shape.group / 4; i += 2) {
     even = dot_any(even, columns[i], shape.bits, load_x4(x + 4 * i));
     odd = dot_any(odd, columns[i + 1], shape.bits, load_x4(x + 4 * i + 4));
@@ -71,40 +71,50 @@ FLASHMOE_INLINE F32x16 add_product(F32x16 acc, F32x16 d, F32x16 scales, float sc
   return fma(biases, set1(sum), fma(d, mul(scales, set1(scale)), acc));
 }
 
+// What the tokens of a block need of one group.
+struct GroupRows {
+  const int8_t* high;
+  const int8_t* low;
+  const float* scale;
+  const float* sum;
+};
+
+// n tokens (at most 8) from the t-th on, together.
+FLASHMOE_INLINE void add_tokens(const U8x64* columns, const TileShape& shape, F32x16 scales, F32x16 biases,
+                                const GroupRows& rows, int64_t t, int n, float* acc) {
+  I32x16 d[8];
+  if (n == 1) {
+    d[0] = group_dot(columns, shape, rows.high + t * shape.group);
+  } else {
+    group_dots(columns, shape, rows.high + t * shape.group, n, d);
+  }
+  float* a = acc + t * kTileRows;
+  FLASHMOE_UNROLL(8)
+  for (int j = 0; j < n; ++j, a += kTileRows) {
+    store(a, add_product(load(a), to_f32(d[j]), scales, rows.scale[t + j], biases, rows.sum[t + j]));
+  }
+}
+
 // acc[t] += one group's share for every token of the block.
 FLASHMOE_INLINE void add_group_int8(const U8x64* columns, const TileShape& shape, F32x16 scales,
                                     F32x16 biases, const TokenBlock& block, int64_t g, float* acc) {
   const Activations& x = *block.x;
-  const int8_t* high = x.high + g * x.tokens * shape.group;
-  const float* scale = x.scale + g * x.tokens;
-  const float* sum = x.sum + g * x.tokens;
+  const int64_t at = g * x.tokens + block.first;
+  const GroupRows rows{x.high + at * shape.group, x.low + at * shape.group, x.scale + at, x.sum + at};
   int64_t t = 0;
-  for (; t + 4 <= block.count; t += 4) {
-    int64_t row[4];
-    const int8_t* rows[4];
-    I32x16 d[4];
-    for (int j = 0; j < 4; ++j) row[j] = block.row(t + j);
-    for (int j = 0; j < 4; ++j) rows[j] = high + row[j] * shape.group;
-    group_dots(columns, shape, rows, 4, d);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      float* a = acc + (t + j) * kTileRows;
-      store(a, add_product(load(a), to_f32(d[j]), scales, scale[row[j]], biases, sum[row[j]]));
-    }
+  for (; t + kTogether <= block.count; t += kTogether) {
+    add_tokens(columns, shape, scales, biases, rows, t, kTogether, acc);
   }
-  for (; t < block.count; ++t) {
-    const int64_t row = block.row(t);
-    const F32x16 d = to_f32(group_dot(columns, shape, high + row * shape.group));
-    float* a = acc + t * kTileRows;
-    store(a, add_product(load(a), d, scales, scale[row], biases, sum[row]));
+  if (kTogether > 4 && t + 4 <= block.count) {
+    add_tokens(columns, shape, scales, biases, rows, t, 4, acc);
+    t += 4;
   }
-  const int8_t* low = x.low + g * x.tokens * shape.group;
+  for (; t < block.count; ++t) add_tokens(columns, shape, scales, biases, rows, t, 1, acc);
   for (uint64_t left = block.fine[g]; left != 0; left &= left - 1) {
     const int64_t fine = __builtin_ctzll(left);
-    const int64_t row = block.row(fine);
-    const F32x16 d = to_f32(group_dot(columns, shape, low + row * shape.group));
+    const F32x16 d = to_f32(group_dot(columns, shape, rows.low + fine * shape.group));
     float* a = acc + fine * kTileRows;
-    store(a, fma(d, mul(scales, set1(scale[row] * (1.0f / kLowLevels))), load(a)));
+    store(a, fma(d, mul(scales, set1(rows.scale[fine] * (1.0f / kLowLevels))), load(a)));
   }
 }
 
@@ -112,7 +122,7 @@ FLASHMOE_INLINE void add_group_f32(const U8x64* columns, const TileShape& shape,
                                    const TokenBlock& block, int64_t g, float* acc) {
   const Activations& x = *block.x;
   for (int64_t t = 0; t < block.count; ++t) {
-    const int64_t row = block.row(t);
+    const int64_t row = block.first + t;
     const F32x16 d = group_dot_f32(columns, shape.group, x.x + row * x.cols + g * shape.group);
     float* a = acc + t * kTileRows;
     store(a, fma(biases, set1(x.sum[g * x.tokens + row]), fma(scales, d, load(a))));
@@ -146,10 +156,11 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
 }
 
 // Constant bits and group let the compiler unroll the unpacking and keep the codes in registers.
-void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles, const TokenBlock& block,
-                    float* acc) {
+__attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
+                                              const TokenBlock& block, float* acc) {
+#if !defined(FLASHMOE_SANITIZED)
 #define FLASHMOE_BLOCK_OF(b, g)                                                                     \
-  if (w.bits == b && w.group == g) {                                                                \
+  if (kSpecialised && w.bits == b && w.group == g) {                                                \
     const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales};                               \
     if (tiles == 2) return tiles_times_tokens(tile, 2, w.tile_stride, w.groups, shape, block, acc); \
     return tiles_times_tokens(tile, 1, w.tile_stride, w.groups, shape, block, acc);                 \
@@ -161,6 +172,7 @@ void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles, 
   FLASHMOE_BLOCK_OF(3, 64)
   FLASHMOE_BLOCK_OF(2, 64)
 #undef FLASHMOE_BLOCK_OF
+#endif
   const TileShape shape{w.bits, w.group, kTileRows * w.group * w.bits / 8, w.f16_scales};
   tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, shape, block, acc);
 }
@@ -172,9 +184,9 @@ FLASHMOE_INLINE void mark_fine(const TokenBlock& block, int64_t groups, uint64_t
       fine[g] = all;
       continue;
     }
-    const uint8_t* flags = block.x->fine + g * block.x->tokens;
+    const uint8_t* flags = block.x->fine + g * block.x->tokens + block.first;
     uint64_t mask = 0;
-    for (int64_t t = 0; t < block.count; ++t) mask |= static_cast<uint64_t>(flags[block.row(t)]) << t;
+    for (int64_t t = 0; t < block.count; ++t) mask |= static_cast<uint64_t>(flags[t]) << t;
     fine[g] = mask;
   }
 }
@@ -197,7 +209,7 @@ void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, 
   uint64_t fine[kMaxGroups];
   for (int64_t first = 0; first < tokens.count; first += kTokenBlock) {
     const int64_t left = tokens.count - first;
-    const TokenBlock block{&x, tokens.in, first, left < kTokenBlock ? left : kTokenBlock, fine};
+    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock, fine};
     if (x.high != nullptr) mark_fine(block, w.groups, fine);
     for (int64_t rt = tile_begin; rt < tile_end; rt += 2) {
       const int tiles = tile_end - rt < 2 ? 1 : 2;
@@ -220,7 +232,7 @@ void matmul_glu(const TileMatrix& w, const Activations& x, const TokenRows& toke
   uint64_t fine[kMaxGroups];
   for (int64_t first = 0; first < tokens.count; first += kTokenBlock) {
     const int64_t left = tokens.count - first;
-    const TokenBlock block{&x, tokens.in, first, left < kTokenBlock ? left : kTokenBlock, fine};
+    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock, fine};
     if (x.high != nullptr) mark_fine(block, w.groups, fine);
     for (int64_t rt = tile_begin; rt < tile_end; ++rt) {
       const uint8_t* gate = w.tiles + rt * w.groups * w.tile_stride;

@@ -3,7 +3,9 @@
 //   U8x64 u8_load(p); u8_and(v, u8); u8_shr(v, bits); u8_shl(v, bits); u8_or(a, b)      bytes of 16 u32 lanes
 //   I32x16 i32_zero(); dot4(acc, codes <= 127, four int8 in an int32); dot4_wide(acc, codes <= 255, ...)
 //   F32x16 to_f32(I32x16); F32x16 byte_f32(U8x64, byte 0..3); F32x16 load_scales(p, f16)
-//   I32x16 round_i32(F32x16); I32x16 i32_add(a, b); void store_i8(int8_t*, I32x16)
+//   constexpr int kTogether, tokens whose sums fit the registers beside a group's codes; bool kSpecialised,
+//   one copy of the product for each common codec I32x16 round_i32(F32x16); I32x16 i32_add(a, b); void
+//   store_i8(int8_t*, I32x16)
 
 namespace {
 
@@ -93,9 +95,9 @@ uint32_t multiply_registers(int64_t rounds) {
   __builtin_memset(ones, 1, sizeof ones);
   const U8x64 codes = u8_load(ones);
   for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 16
+    FLASHMOE_UNROLL(16)
     for (int step = 0; step < 16; ++step) {
-#pragma GCC unroll 12
+      FLASHMOE_UNROLL(12)
       for (int j = 0; j < 12; ++j) acc[j] = dot4(acc[j], codes, static_cast<int32_t>(rounds));
     }
   }

@@ -66,6 +66,31 @@ Activations TokenInput::view(bool precise) const {
   return view;
 }
 
+void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const QuantizedRows& to) const {
+  const size_t line = static_cast<size_t>(group_);
+  for (int64_t g = 0; g < cols_ / group_; ++g) {
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      const int64_t from = g * tokens_ + chosen[i], at = g * to.tokens + static_cast<int64_t>(i);
+      std::memcpy(to.high + at * group_, rows_.high + from * group_, line);
+      if (precise || rows_.fine[from] != 0)
+        std::memcpy(to.low + at * group_, rows_.low + from * group_, line);
+      to.fine[at] = rows_.fine[from];
+      to.scale[at] = rows_.scale[from];
+      to.sum[at] = rows_.sum[from];
+      to.fine_sum[at] = rows_.fine_sum[from];
+    }
+  }
+}
+
+void TokenInput::gather_f32(std::span<const int32_t> chosen, float* x, float* sums) const {
+  const int64_t count = static_cast<int64_t>(chosen.size()), groups = cols_ / group_;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = chosen[static_cast<size_t>(i)];
+    std::memcpy(x + i * cols_, x_ + from * cols_, static_cast<size_t>(4 * cols_));
+    for (int64_t g = 0; g < groups; ++g) sums[g * count + i] = f32_sums_.data()[g * tokens_ + from];
+  }
+}
+
 void QuantOps::prepare(TokenInput& input, const float* x, int64_t tokens, int64_t cols, int group) {
   input.set(kernels_, pool_, x, tokens, cols, group, int8_);
 }
@@ -117,7 +142,7 @@ void QuantOps::run_linear_task(const LinearPart& part, int64_t task, const float
     return;
   }
   const TileMatrix& w = std::get<TileMatrix>(*part.matrix);
-  const TokenRows everyone{tokens, nullptr, nullptr, nullptr};
+  const TokenRows everyone{tokens, nullptr, nullptr};
   const int64_t end = std::min(begin + part.per_task, w.row_tiles());
   kernels_.matmul(w, linear_input_[w.group == 64 ? 1 : 0].view(precise), everyone, begin, end, part.out,
                   w.rows);
@@ -200,7 +225,7 @@ double QuantOps::int8_peak() {
 
 int64_t QuantOps::scratch_nbytes() const {
   return linear_input_[0].nbytes() + linear_input_[1].nbytes() + hidden_planes_.nbytes() + hidden_.nbytes() +
-         hidden_sums_.nbytes();
+         gathered_planes_.nbytes() + gathered_.nbytes() + hidden_sums_.nbytes();
 }
 
 }  // namespace flashmoe

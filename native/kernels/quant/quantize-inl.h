@@ -12,9 +12,23 @@ FLASHMOE_INLINE float mean_square(const float* x, int64_t cols) {
   return reduce_add(sum) / static_cast<float>(cols);
 }
 
+// A row that holds a NaN or an infinity (or values above 1e19) gives NaN, as on the f32 path: integers would
+// turn it into plausible numbers, different ones in every instruction set.
+void quantize_broken(int64_t cols, int group, int64_t token, const QuantizedRows& out) {
+  for (int64_t g = 0; g < cols / group; ++g) {
+    const int64_t at = g * out.tokens + token;
+    __builtin_memset(out.high + at * group, 0, static_cast<size_t>(group));
+    __builtin_memset(out.low + at * group, 0, static_cast<size_t>(group));
+    out.fine[at] = 0;
+    out.scale[at] = out.sum[at] = out.fine_sum[at] = __builtin_nanf("");
+  }
+}
+
 void quantize(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
               const QuantizedRows& out) {
-  const float limit = coarse_limit * coarse_limit * mean_square(x, cols);
+  const float square = mean_square(x, cols);
+  if (!__builtin_isfinite(square)) return quantize_broken(cols, group, token, out);
+  const float limit = coarse_limit * coarse_limit * square;
   for (int64_t g = 0; g < cols / group; ++g) {
     const float* in = x + g * group;
     const int64_t at = g * out.tokens + token;

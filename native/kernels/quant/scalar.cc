@@ -8,6 +8,9 @@
 namespace flashmoe::scalar {
 namespace {
 
+constexpr int kTogether = 4;
+constexpr bool kSpecialised = false;
+
 struct U8x64 {
   uint32_t lane[16];
 };

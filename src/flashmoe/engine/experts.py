@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from flashmoe.kernels.cpu import CpuOps, FfnWeights
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
+
+_MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
 
 
 class StreamedExperts:
@@ -123,10 +126,31 @@ class StreamedExperts:
         experts, starts = np.unique(chosen.ravel()[pairs], return_index=True)
         bounds = [*starts.tolist(), count * k]
         # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
-        for i, (_, slot) in enumerate(self._cache.stream(layer, experts.tolist())):
-            begin, end = bounds[i], bounds[i + 1]
-            mine = tokens[begin:end]
-            address = self._base + slot * self._stride
-            ops.expert_ffn(
-                self._inputs[group], layout, [address], [0, end - begin], mine, mine, out, factors[begin:end]
-            )
+        done = 0
+        for batch in self._cache.stream(layer, experts.tolist(), _MAX_BATCH):
+            for ready in _parts(batch, bounds, done, count):
+                ends = bounds[done : done + len(ready) + 1]
+                begin, end = ends[0], ends[-1]
+                mine = tokens[begin:end]
+                ops.expert_ffn(
+                    self._inputs[group],
+                    layout,
+                    [self._base + slot * self._stride for _, slot in ready],
+                    [bound - begin for bound in ends],
+                    mine,
+                    mine,
+                    out,
+                    factors[begin:end],
+                )
+                done += len(ready)
+
+
+def _parts(
+    batch: list[tuple[int, int]], bounds: list[int], first: int, limit: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Cuts a batch where its pairs would exceed `limit`, so that a call's workspace stays below two chunks."""
+    begin = 0
+    for i in range(1, len(batch) + 1):
+        if i == len(batch) or bounds[first + i + 1] - bounds[first + begin] > limit:
+            yield batch[begin:i]
+            begin = i

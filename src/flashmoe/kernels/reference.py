@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class ReferenceOps:
             jobs.insert(0, (*shared, True))
             bounds.insert(0, 0)
         out = out.reshape(-1, layout.hidden)
-        for (source, shape, address, precise), begin, end in zip(jobs, bounds, bounds[1:], strict=True):
+        for (source, shape, address, precise), (begin, end) in zip(jobs, pairwise(bounds), strict=True):
             assert source.x is not None
             y = feed_forward(source.x[tokens[begin:end]], shape, address, precise, self._int8)
             if weights is None:

@@ -32,7 +32,7 @@ def quantized(x: F32, group: int, coarse_limit: float) -> F64:
 
     The integers come from float32 arithmetic, because that decides how a half is rounded.
     """
-    parts = x.reshape(len(x), -1, group)
+    parts = x.reshape(len(x), x.shape[1] // group, group)
     largest = np.abs(parts).max(-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore"):
         # Below 1e-34 the reciprocal overflows; such a group counts as zero.

@@ -78,11 +78,12 @@ class ExpertCache:
         self._misses += len(missing)
         return Request(self, layer, hits, missing)
 
-    def stream(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(expert, slot) of each expert (ascending, distinct), read ahead; the slot is valid for one step.
+    def stream(self, layer: int, experts: Sequence[int], most: int) -> Iterator[Ready]:
+        """Batches of (expert, slot), `most` or fewer, together all experts (ascending, distinct) in their order.
 
-        Experts that are not resident pass through a few staging slots and do not displace what decoding has
-        gathered; only slots that are free anyway keep them.  Raises ReadError.
+        Experts are read ahead; a batch's slots are valid until the next one is asked for.  Those that are not
+        resident pass through a few staging slots and do not displace what decoding has gathered; only slots that
+        are free anyway keep them.  Raises ReadError.
         """
         self._fill_staging(layer, experts)
         queue: deque[tuple[int, int]] = deque()
@@ -91,14 +92,16 @@ class ExpertCache:
         waiting = deque(experts)
         try:
             while waiting or queue:
-                self._read_ahead(layer, waiting, queue, landing, staged)
-                slot = queue[0][1]
-                while slot in landing:
+                self._read_ahead(layer, waiting, queue, landing, staged, most)
+                while queue[0][1] in landing:
                     self._land(layer, landing, keep_resident=staged)
-                yield queue.popleft()
-                if slot in staged:
-                    staged.discard(slot)
-                    self._staging.append(slot)
+                batch: Ready = []
+                while queue and len(batch) < most and queue[0][1] not in landing:
+                    batch.append(queue.popleft())
+                yield batch
+                passed = staged.intersection(slot for _, slot in batch)
+                staged -= passed
+                self._staging += passed
         finally:
             self._drain(landing, staged)
             self._staging += staged
@@ -131,10 +134,11 @@ class ExpertCache:
         queue: deque[tuple[int, int]],
         landing: dict[int, int],
         staged: set[int],
+        most: int,
     ) -> None:
         """Queue experts in order: resident ones freely, others while a slot for them is free."""
         resident = self._resident[layer]
-        while waiting and len(queue) < 2 * _MAX_READ_AHEAD:
+        while waiting and len(queue) < max(most, 2 * _MAX_READ_AHEAD):
             expert = waiting[0]
             slot = resident.get(expert)
             if slot is not None:

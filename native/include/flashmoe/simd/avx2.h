@@ -88,6 +88,20 @@ FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Lanes i and i + 8, then + 4, + 2, + 1: the tree of every instruction set.
+FLASHMOE_INLINE float reduce_add(F32x16 a) {
+  const __m256 by8 = _mm256_add_ps(a.lo, a.hi);
+  const __m128 by4 = _mm_add_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+  const __m128 by2 = _mm_add_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_add_ss(by2, _mm_movehdup_ps(by2)));
+}
+FLASHMOE_INLINE float reduce_max(F32x16 a) {
+  const __m256 by8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 by4 = _mm_max_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
+  const __m128 by2 = _mm_max_ps(by4, _mm_movehl_ps(by4, by4));
+  return _mm_cvtss_f32(_mm_max_ss(by2, _mm_movehdup_ps(by2)));
+}
+
 #include "flashmoe/simd/common-inl.h"
 
 }  // namespace flashmoe::avx2

@@ -1,25 +1,6 @@
 // Functions of F32x16 that are the same in every instruction set; included inside each namespace.
 // No include guard: one inclusion per instruction set is the point.
 
-// Largest-first tree: lanes i and i + 8, then + 4, + 2, + 1.
-FLASHMOE_INLINE float reduce_add(F32x16 v) {
-  float lane[16];
-  store(lane, v);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
-
-FLASHMOE_INLINE float reduce_max(F32x16 v) {
-  float lane[16];
-  store(lane, v);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  }
-  return lane[0];
-}
-
 // e^x with a relative error below 2e-7; 0 below -87 (no subnormals), saturating at e^88, NaN of NaN.
 // Cody-Waite reduction to [-ln2/2, ln2/2] and the Taylor polynomial of degree 7, whose remainder is
 // (ln2/2)^8 / 8! = 5e-9.

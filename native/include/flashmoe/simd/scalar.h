@@ -93,6 +93,25 @@ FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
 
 #undef FLASHMOE_LANES
 
+// Lanes i and i + 8, then + 4, + 2, + 1: the tree of every instruction set.
+inline float reduce_add(F32x16 v) {
+  float lane[16];
+  store(lane, v);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
+inline float reduce_max(F32x16 v) {
+  float lane[16];
+  store(lane, v);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  }
+  return lane[0];
+}
+
 #include "flashmoe/simd/common-inl.h"
 
 }  // namespace flashmoe::scalar
