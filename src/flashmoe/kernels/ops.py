@@ -107,8 +107,8 @@ class MatrixOps(Protocol):
     int8, G values x with m = max|x|:  x ~ m / 127 * (high + low / 128), high = round(127 x / m), low = round(128 (127 x
     / m - high)), halves to even.  low counts in groups whose m exceeds COARSE_LIMIT times the root mean square of the
     row (COARSE_LIMIT_HIDDEN between the products of a feed-forward block), and in all groups of `precise` calls.
-    A row of W is sum over groups of scale * (codes . x) + bias * sum(x), both with the quantised x.  A token with a value
-    that is not finite (or above 1e19) gives NaN.
+    A row of W is sum over groups of scale * (codes . x) + bias * sum(x), both with the quantised x.  A token with a
+    value that is not finite (or above 1e19) gives NaN.
     """
 
     def linear(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], precise: bool = False) -> None:
