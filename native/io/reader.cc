@@ -45,7 +45,7 @@ Reader::Reader(std::vector<std::string> paths, DirectMode mode, int queue_depth)
       throw std::system_error(code, std::generic_category(), path);
     }
 #if defined(__linux__)
-    // No read-ahead: with it a buffered read of 8 MiB left up to 2.7 MiB more in the page cache than it dropped.
+    // No read-ahead: with it a buffered read of 8 MiB left up to 2.7 MiB more cached than it dropped.
     posix_fadvise(file.fd, 0, 0, POSIX_FADV_RANDOM);
 #endif
     file.nbytes = static_cast<uint64_t>(info.st_size);
