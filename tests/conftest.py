@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,11 @@ STATS = {
     "budget_bytes": 2 << 30,
 }
 _DEMO = Path(__file__).parents[1] / "models" / "demo"
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with Ctrl-C ignored; the programs that tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
