@@ -15,6 +15,7 @@ constexpr bool kSpecialised = true;
 
 using U8x64 = __m512i;
 using I32x16 = __m512i;
+typedef int32_t __attribute__((may_alias, aligned(1))) Int32;
 
 FLASHMOE_INLINE U8x64 u8_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 FLASHMOE_INLINE U8x64 u8_and(U8x64 v, uint8_t mask) {
@@ -30,6 +31,13 @@ FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {
   return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x4));
 }
 FLASHMOE_INLINE I32x16 dot4_wide(I32x16 acc, U8x64 codes, int32_t x4) { return dot4(acc, codes, x4); }
+// The compiler broadcasts into a register of its own; with the broadcast inside the instruction twice as many
+// products are in flight before the registers to rename to run out.
+#define FLASHMOE_DOT4_FROM_MEMORY
+FLASHMOE_INLINE I32x16 dot4_at(I32x16 acc, U8x64 codes, int /*bits*/, const int8_t* x4) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Int32*>(x4)));
+  return acc;
+}
 FLASHMOE_INLINE F32x16 to_f32(I32x16 v) { return F32x16{_mm512_cvtepi32_ps(v)}; }
 FLASHMOE_INLINE F32x16 byte_f32(U8x64 v, int byte) {
   return F32x16{_mm512_cvtepi32_ps(_mm512_and_si512(u8_shr(v, 8 * byte), _mm512_set1_epi32(0xff)))};

@@ -1,9 +1,10 @@
 // Tiles times tokens; part of quant-inl.h.
 //
 // Two tiles are worked on together, gate and up or two neighbouring row tiles: they share the activations,
-// which stay in the first-level cache in between.  A tile's codes are unpacked once, into registers where
-// there are enough of them, and meet a block of tokens, four at a time so that eight integer chains hide the
-// latency.
+// which stay in the first-level cache in between.  A tile meets a block of tokens, a few at a time, with one
+// integer chain or more for each so that the latency of the dot product is hidden.  Codes are unpacked on
+// the way: kept for the whole block they took sixteen stores to the stack, which cost one token half its
+// time; unpacking them again for each few tokens fits beside the products.
 
 constexpr int64_t kTokenBlock = 64;  // accumulators of two tiles: 8 KiB of the first-level cache
 constexpr int64_t kPrefetch = 2048;  // bytes ahead: about what one core has in flight at full bandwidth
@@ -20,42 +21,140 @@ struct TokenBlock {
   const Activations* x;
   int64_t first;
   int64_t count;
-  const uint64_t* fine;  // per group: bit t set when token t has a low plane
+  const uint64_t* fine;  // per group: bit t set when token t has a low plane; null: all have
 };
 
-FLASHMOE_INLINE int32_t load_x4(const int8_t* q) {
+// What the tokens of a block need of one group.
+struct GroupRows {
+  const int8_t* high;
+  const int8_t* low;
+  const float* scale;
+  const float* sum;
+};
+
+// One tile and what its rows are scaled with.
+struct Tile {
+  const uint8_t* codes;
+  F32x16 scales;
+  F32x16 biases;
+};
+
+#if !defined(FLASHMOE_DOT4_FROM_MEMORY)
+FLASHMOE_INLINE I32x16 dot4_at(I32x16 acc, U8x64 codes, int bits, const int8_t* x4) {
   int32_t value;
-  __builtin_memcpy(&value, q, 4);
-  return value;
+  __builtin_memcpy(&value, x4, 4);
+  return bits == 8 ? dot4_wide(acc, codes, value) : dot4(acc, codes, value);
 }
+#endif
 
-FLASHMOE_INLINE I32x16 dot_any(I32x16 acc, U8x64 codes, int bits, int32_t x4) {
-  return bits == 8 ? dot4_wide(acc, codes, x4) : dot4(acc, codes, x4);
-}
-
-// Exact integer product of one group with n (<= 8) neighbouring tokens.  One base address: with an address
-// for each token the compiler ran out of registers, and a third of the speed was gone.
-FLASHMOE_INLINE void group_dots(const U8x64* columns, const TileShape& shape, const int8_t* x, int n,
-                                I32x16* d) {
-  for (int j = 0; j < n; ++j) d[j] = i32_zero();
+// Exact integer products of one group with n (<= kTogether) rows of activations, `stride` bytes apart.  One
+// base address: with an address for each row the compiler ran out of registers, and a third of the speed was
+// gone.  Few rows get several chains each.
+FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, const int8_t* x, int64_t stride,
+                                int n, I32x16* d) {
+  const int chains = kTogether / n >= 4 ? 4 : kTogether / n >= 2 ? 2 : 1;
+  I32x16 sums[4 * kTogether];
+  FLASHMOE_UNROLL(32)
+  for (int j = 0; j < n * chains; ++j) sums[j] = i32_zero();
   FLASHMOE_UNROLL(16)
   for (int i = 0; i < shape.group / 4; ++i) {
+    const U8x64 column = column_codes(codes, shape.bits, shape.group, i);
     FLASHMOE_UNROLL(8)
     for (int j = 0; j < n; ++j) {
-      d[j] = dot_any(d[j], columns[i], shape.bits, load_x4(x + j * shape.group + 4 * i));
+      I32x16& sum = sums[j * chains + i % chains];
+      sum = dot4_at(sum, column, shape.bits, x + j * stride + 4 * i);
     }
+  }
+  FLASHMOE_UNROLL(8)
+  for (int j = 0; j < n; ++j) {
+    const I32x16* part = sums + j * chains;
+    d[j] = part[0];
+    if (chains == 2) d[j] = i32_add(part[0], part[1]);
+    if (chains == 4) d[j] = i32_add(i32_add(part[0], part[1]), i32_add(part[2], part[3]));
   }
 }
 
-FLASHMOE_INLINE I32x16 group_dot(const U8x64* columns, const TileShape& shape, const int8_t* x) {
-  // Two chains: one token alone would wait for the latency of each step.
-  I32x16 even = i32_zero(), odd = i32_zero();
+FLASHMOE_INLINE F32x16 add_low(F32x16 acc, I32x16 d, F32x16 scales, float scale) {
+  return fma(to_f32(d), mul(scales, set1(scale * (1.0f / kLowLevels))), acc);
+}
+
+// n tokens from the t-th on, together.
+FLASHMOE_INLINE void add_tokens(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t t,
+                                int n, bool precise, float* acc) {
+  I32x16 d[kTogether];
+  group_dots(tile.codes, shape, rows.high + t * shape.group, shape.group, n, d);
+  float* a = acc + t * kTileRows;
   FLASHMOE_UNROLL(8)
-  for (int i = 0; i < shape.group / 4; i += 2) {
-    even = dot_any(even, columns[i], shape.bits, load_x4(x + 4 * i));
-    odd = dot_any(odd, columns[i + 1], shape.bits, load_x4(x + 4 * i + 4));
+  for (int j = 0; j < n; ++j) {
+    const F32x16 scaled = mul(tile.scales, set1(rows.scale[t + j]));
+    const F32x16 sum = fma(to_f32(d[j]), scaled, load(a + j * kTileRows));
+    store(a + j * kTileRows, fma(tile.biases, set1(rows.sum[t + j]), sum));
   }
-  return i32_add(even, odd);
+  if (!precise) return;
+  group_dots(tile.codes, shape, rows.low + t * shape.group, shape.group, n, d);
+  FLASHMOE_UNROLL(8)
+  for (int j = 0; j < n; ++j) {
+    store(a + j * kTileRows, add_low(load(a + j * kTileRows), d[j], tile.scales, rows.scale[t + j]));
+  }
+}
+
+// As add_tokens, with n known at run time only.
+FLASHMOE_INLINE void add_batch(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t t,
+                               int n, bool precise, float* acc) {
+#define FLASHMOE_BATCH_OF(size)                                                  \
+  case size:                                                                     \
+    if (size <= kTogether) add_tokens(tile, shape, rows, t, size, precise, acc); \
+    return;
+  switch (n) {
+    FLASHMOE_BATCH_OF(1)
+    FLASHMOE_BATCH_OF(2)
+    FLASHMOE_BATCH_OF(3)
+    FLASHMOE_BATCH_OF(4)
+    FLASHMOE_BATCH_OF(5)
+    FLASHMOE_BATCH_OF(6)
+    FLASHMOE_BATCH_OF(7)
+    FLASHMOE_BATCH_OF(8)
+  }
+#undef FLASHMOE_BATCH_OF
+}
+
+// The low planes of the tokens in `marked`, two at a time.
+FLASHMOE_INLINE void add_low_planes(const Tile& tile, const TileShape& shape, const GroupRows& rows,
+                                    uint64_t marked, float* acc) {
+  I32x16 d[kTogether];
+  while (marked != 0) {
+    const int64_t one = __builtin_ctzll(marked);
+    marked &= marked - 1;
+    float* a = acc + one * kTileRows;
+    const int8_t* x = rows.low + one * shape.group;
+    if (marked == 0) {
+      group_dots(tile.codes, shape, x, 0, 1, d);
+      store(a, add_low(load(a), d[0], tile.scales, rows.scale[one]));
+      return;
+    }
+    const int64_t other = __builtin_ctzll(marked);
+    marked &= marked - 1;
+    float* b = acc + other * kTileRows;
+    group_dots(tile.codes, shape, x, (other - one) * shape.group, 2, d);
+    store(a, add_low(load(a), d[0], tile.scales, rows.scale[one]));
+    store(b, add_low(load(b), d[1], tile.scales, rows.scale[other]));
+  }
+}
+
+// acc[t] += one group's share for every token of the block, in batches of nearly equal size: a last one of
+// one or two tokens would cost as much as five.
+FLASHMOE_INLINE void add_group_int8(const Tile& tile, const TileShape& shape, const TokenBlock& block,
+                                    int64_t g, float* acc) {
+  const Activations& x = *block.x;
+  const int64_t at = g * x.tokens + block.first;
+  const GroupRows rows{x.high + at * shape.group, x.low + at * shape.group, x.scale + at, x.sum + at};
+  int64_t t = 0;
+  for (int64_t batches = (block.count + kTogether - 1) / kTogether; batches > 0; --batches) {
+    const int64_t n = (block.count - t + batches - 1) / batches;
+    add_batch(tile, shape, rows, t, static_cast<int>(n), block.fine == nullptr, acc);
+    t += n;
+  }
+  if (block.fine != nullptr && block.fine[g] != 0) add_low_planes(tile, shape, rows, block.fine[g], acc);
 }
 
 FLASHMOE_INLINE F32x16 group_dot_f32(const U8x64* columns, int group, const float* x) {
@@ -66,66 +165,16 @@ FLASHMOE_INLINE F32x16 group_dot_f32(const U8x64* columns, int group, const floa
   return d;
 }
 
-FLASHMOE_INLINE F32x16 add_product(F32x16 acc, F32x16 d, F32x16 scales, float scale, F32x16 biases,
-                                   float sum) {
-  return fma(biases, set1(sum), fma(d, mul(scales, set1(scale)), acc));
-}
-
-// What the tokens of a block need of one group.
-struct GroupRows {
-  const int8_t* high;
-  const int8_t* low;
-  const float* scale;
-  const float* sum;
-};
-
-// n tokens (at most 8) from the t-th on, together.
-FLASHMOE_INLINE void add_tokens(const U8x64* columns, const TileShape& shape, F32x16 scales, F32x16 biases,
-                                const GroupRows& rows, int64_t t, int n, float* acc) {
-  I32x16 d[8];
-  if (n == 1) {
-    d[0] = group_dot(columns, shape, rows.high + t * shape.group);
-  } else {
-    group_dots(columns, shape, rows.high + t * shape.group, n, d);
-  }
-  float* a = acc + t * kTileRows;
-  FLASHMOE_UNROLL(8)
-  for (int j = 0; j < n; ++j, a += kTileRows) {
-    store(a, add_product(load(a), to_f32(d[j]), scales, rows.scale[t + j], biases, rows.sum[t + j]));
-  }
-}
-
-// acc[t] += one group's share for every token of the block.
-FLASHMOE_INLINE void add_group_int8(const U8x64* columns, const TileShape& shape, F32x16 scales,
-                                    F32x16 biases, const TokenBlock& block, int64_t g, float* acc) {
+FLASHMOE_INLINE void add_group_f32(const Tile& tile, const TileShape& shape, const TokenBlock& block,
+                                   int64_t g, float* acc) {
   const Activations& x = *block.x;
-  const int64_t at = g * x.tokens + block.first;
-  const GroupRows rows{x.high + at * shape.group, x.low + at * shape.group, x.scale + at, x.sum + at};
-  int64_t t = 0;
-  for (; t + kTogether <= block.count; t += kTogether) {
-    add_tokens(columns, shape, scales, biases, rows, t, kTogether, acc);
-  }
-  if (kTogether > 4 && t + 4 <= block.count) {
-    add_tokens(columns, shape, scales, biases, rows, t, 4, acc);
-    t += 4;
-  }
-  for (; t < block.count; ++t) add_tokens(columns, shape, scales, biases, rows, t, 1, acc);
-  for (uint64_t left = block.fine[g]; left != 0; left &= left - 1) {
-    const int64_t fine = __builtin_ctzll(left);
-    const F32x16 d = to_f32(group_dot(columns, shape, rows.low + fine * shape.group));
-    float* a = acc + fine * kTileRows;
-    store(a, fma(d, mul(scales, set1(rows.scale[fine] * (1.0f / kLowLevels))), load(a)));
-  }
-}
-
-FLASHMOE_INLINE void add_group_f32(const U8x64* columns, const TileShape& shape, F32x16 scales, F32x16 biases,
-                                   const TokenBlock& block, int64_t g, float* acc) {
-  const Activations& x = *block.x;
+  U8x64 columns[kMaxColumns];
+  unpack(tile.codes, shape.bits, shape.group, columns);
   for (int64_t t = 0; t < block.count; ++t) {
     const int64_t row = block.first + t;
     const F32x16 d = group_dot_f32(columns, shape.group, x.x + row * x.cols + g * shape.group);
     float* a = acc + t * kTileRows;
-    store(a, fma(biases, set1(x.sum[g * x.tokens + row]), fma(scales, d, load(a))));
+    store(a, fma(tile.biases, set1(x.sum[g * x.tokens + row]), fma(tile.scales, d, load(a))));
   }
 }
 
@@ -141,15 +190,13 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
       for (int64_t ahead = 0; ahead < shape.payload + 64; ahead += 64) {
         __builtin_prefetch(at + kPrefetch + ahead);
       }
-      GroupCodes codes;
-      unpack(at, shape.bits, shape.group, codes.columns);
-      const F32x16 scales = load_scales(at + shape.payload, shape.f16);
-      const F32x16 biases = load_scales(at + shape.payload + 2 * kTileRows, shape.f16);
+      const Tile now{at, load_scales(at + shape.payload, shape.f16),
+                     load_scales(at + shape.payload + 2 * kTileRows, shape.f16)};
       float* sums = acc + p * kTokenBlock * kTileRows;
       if (block.x->high != nullptr) {
-        add_group_int8(codes.columns, shape, scales, biases, block, g, sums);
+        add_group_int8(now, shape, block, g, sums);
       } else {
-        add_group_f32(codes.columns, shape, scales, biases, block, g, sums);
+        add_group_f32(now, shape, block, g, sums);
       }
     }
   }
@@ -159,31 +206,28 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
 __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
                                               const TokenBlock& block, float* acc) {
 #if !defined(FLASHMOE_SANITIZED)
-#define FLASHMOE_BLOCK_OF(b, g)                                                                     \
-  if (kSpecialised && w.bits == b && w.group == g) {                                                \
-    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales};                               \
-    if (tiles == 2) return tiles_times_tokens(tile, 2, w.tile_stride, w.groups, shape, block, acc); \
-    return tiles_times_tokens(tile, 1, w.tile_stride, w.groups, shape, block, acc);                 \
+#define FLASHMOE_BLOCK_OF(b, g)                                                         \
+  if (kSpecialised && w.bits == b && w.group == g) {                                    \
+    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales};                   \
+    return tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, shape, block, acc); \
   }
   FLASHMOE_BLOCK_OF(4, 64)
   FLASHMOE_BLOCK_OF(4, 32)
   FLASHMOE_BLOCK_OF(8, 64)
   FLASHMOE_BLOCK_OF(8, 32)
   FLASHMOE_BLOCK_OF(3, 64)
+  FLASHMOE_BLOCK_OF(3, 32)
   FLASHMOE_BLOCK_OF(2, 64)
+  FLASHMOE_BLOCK_OF(2, 32)
 #undef FLASHMOE_BLOCK_OF
+  if (kSpecialised) return;  // those are all codecs: the lines below would unroll every branch of each
 #endif
   const TileShape shape{w.bits, w.group, kTileRows * w.group * w.bits / 8, w.f16_scales};
   tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, shape, block, acc);
 }
 
 FLASHMOE_INLINE void mark_fine(const TokenBlock& block, int64_t groups, uint64_t* fine) {
-  const uint64_t all = block.count == kTokenBlock ? ~uint64_t{0} : (uint64_t{1} << block.count) - 1;
   for (int64_t g = 0; g < groups; ++g) {
-    if (block.x->fine == nullptr) {
-      fine[g] = all;
-      continue;
-    }
     const uint8_t* flags = block.x->fine + g * block.x->tokens + block.first;
     uint64_t mask = 0;
     for (int64_t t = 0; t < block.count; ++t) mask |= static_cast<uint64_t>(flags[t]) << t;
@@ -209,8 +253,9 @@ void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, 
   uint64_t fine[kMaxGroups];
   for (int64_t first = 0; first < tokens.count; first += kTokenBlock) {
     const int64_t left = tokens.count - first;
-    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock, fine};
-    if (x.high != nullptr) mark_fine(block, w.groups, fine);
+    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock,
+                           x.fine != nullptr ? fine : nullptr};
+    if (x.fine != nullptr) mark_fine(block, w.groups, fine);
     for (int64_t rt = tile_begin; rt < tile_end; rt += 2) {
       const int tiles = tile_end - rt < 2 ? 1 : 2;
       const uint8_t* tile[2] = {w.tiles + rt * w.groups * w.tile_stride,
@@ -232,8 +277,9 @@ void matmul_glu(const TileMatrix& w, const Activations& x, const TokenRows& toke
   uint64_t fine[kMaxGroups];
   for (int64_t first = 0; first < tokens.count; first += kTokenBlock) {
     const int64_t left = tokens.count - first;
-    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock, fine};
-    if (x.high != nullptr) mark_fine(block, w.groups, fine);
+    const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock,
+                           x.fine != nullptr ? fine : nullptr};
+    if (x.fine != nullptr) mark_fine(block, w.groups, fine);
     for (int64_t rt = tile_begin; rt < tile_end; ++rt) {
       const uint8_t* gate = w.tiles + rt * w.groups * w.tile_stride;
       const uint8_t* tile[2] = {gate, gate + w.tile_stride / 2};

@@ -23,12 +23,12 @@ void dequantize_row(const TileMatrix& w, int64_t row, float* out) {
   const int64_t lane = row % kTileRows;
   const uint8_t* tile = w.tiles + row / kTileRows * w.groups * w.tile_stride;
   for (int64_t g = 0; g < w.groups; ++g, tile += w.tile_stride) {
-    GroupCodes codes;
-    unpack(tile, w.bits, w.group, codes.columns);
+    U8x64 columns[kMaxColumns];
+    unpack(tile, w.bits, w.group, columns);
     float scales[16], biases[16];
     store(scales, load_scales(tile + payload, w.f16_scales));
     store(biases, load_scales(tile + payload + 2 * kTileRows, w.f16_scales));
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes.columns) + 4 * lane;
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(columns) + 4 * lane;
     for (int c = 0; c < w.group; ++c) {
       const float product = scales[lane] * static_cast<float>(bytes[(c / 4) * 64 + c % 4]);
       out[g * w.group + c] = product + biases[lane];
