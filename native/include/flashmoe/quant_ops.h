@@ -10,6 +10,7 @@
 
 #include "flashmoe/quant_kernels.h"
 #include "flashmoe/thread_pool.h"
+#include "flashmoe/work_split.h"
 
 namespace flashmoe {
 
@@ -129,6 +130,10 @@ struct ExpertJob {
 
 constexpr size_t kMaxLinearWeights = 8;  // of one linear call
 
+// The last tasks of a product read about this much weight data: large against the microsecond a hand-over
+// costs, small enough to level out the end.
+constexpr int64_t kTaskNbytes = 32 * 1024;
+
 // Not thread-safe: one QuantOps per inference thread; it may share the pool with other op objects.
 class QuantOps {
  public:
@@ -167,15 +172,15 @@ class QuantOps {
   int64_t scratch_nbytes() const;
 
  private:
-  struct LinearPart;
   struct Job;
 
-  void run_linear_task(const LinearPart& part, int64_t task, const float* x, int64_t tokens, bool precise);
+  void multiply_rows(const Matrix& matrix, const float* x, int64_t tokens, bool precise, int64_t tile_begin,
+                     int64_t tile_end, float* out);
   void lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens);
   void gather(Job& job, std::span<const int32_t> tokens);
-  void run_up_task(Job& job, int64_t task);
-  void run_down_task(int64_t begin, int64_t end, const Job& job, const int32_t* rows, const float* weights,
-                     float* out);
+  void run_up(Job& job, int64_t tile_begin, int64_t tile_end);
+  void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const int32_t* rows,
+                const float* weights, float* out);
   Activations hidden_view(const Job& job);
 
   ThreadPool& pool_;
@@ -188,6 +193,8 @@ class QuantOps {
   GrowOnly<float> gathered_;
   GrowOnly<float> hidden_sums_;
   std::vector<Job> jobs_;
+  std::vector<WorkRun> runs_;
+  WorkSplit split_;
 };
 
 }  // namespace flashmoe

@@ -82,8 +82,15 @@ FLASHMOE_INLINE F32x16 add_low(F32x16 acc, I32x16 d, F32x16 scales, float scale)
 FLASHMOE_INLINE void add_tokens(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t t,
                                 int n, bool precise, float* acc) {
   I32x16 d[kTogether];
-  group_dots(tile.codes, shape, rows.high + t * shape.group, shape.group, n, d);
   float* a = acc + t * kTileRows;
+  if (n == 1 && precise) {  // both planes of one token as two rows: the codes are unpacked once
+    const int8_t* high = rows.high + t * shape.group;
+    group_dots(tile.codes, shape, high, rows.low + t * shape.group - high, 2, d);
+    const F32x16 scaled = mul(tile.scales, set1(rows.scale[t]));
+    const F32x16 sum = fma(tile.biases, set1(rows.sum[t]), fma(to_f32(d[0]), scaled, load(a)));
+    return store(a, add_low(sum, d[1], tile.scales, rows.scale[t]));
+  }
+  group_dots(tile.codes, shape, rows.high + t * shape.group, shape.group, n, d);
   FLASHMOE_UNROLL(8)
   for (int j = 0; j < n; ++j) {
     const F32x16 scaled = mul(tile.scales, set1(rows.scale[t + j]));
@@ -256,8 +263,10 @@ void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, 
     const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock,
                            x.fine != nullptr ? fine : nullptr};
     if (x.fine != nullptr) mark_fine(block, w.groups, fine);
-    for (int64_t rt = tile_begin; rt < tile_end; rt += 2) {
-      const int tiles = tile_end - rt < 2 ? 1 : 2;
+    // Few tokens wait for memory, and one stream of it is faster than two 18 KiB apart (22 against 12 GB/s).
+    const int64_t together = block.count < 4 ? 1 : 2;
+    for (int64_t rt = tile_begin; rt < tile_end; rt += together) {
+      const int tiles = static_cast<int>(tile_end - rt < together ? tile_end - rt : together);
       const uint8_t* tile[2] = {w.tiles + rt * w.groups * w.tile_stride,
                                 w.tiles + (rt + 1) * w.groups * w.tile_stride};
       multiply_block(w, tile, tiles, block, acc);

@@ -5,8 +5,6 @@
 #include <chrono>
 #include <cstring>
 
-#include "kernels/quant/work_split.h"
-
 namespace flashmoe {
 
 void PlaneBuffer::reserve(int64_t values) {
@@ -95,56 +93,41 @@ void QuantOps::prepare(TokenInput& input, const float* x, int64_t tokens, int64_
   input.set(kernels_, pool_, x, tokens, cols, group, int8_);
 }
 
-// One matrix of a linear call: which tasks are its own, and what one of them does.
-struct QuantOps::LinearPart {
-  const Matrix* matrix;
-  float* out;
-  int64_t first_task;
-  int64_t per_task;  // row tiles, or rows of an unquantised matrix
-};
-
 void QuantOps::linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
                       std::span<float* const> outs, bool precise) {
-  LinearPart parts[kMaxLinearWeights];
+  WorkRun runs[kMaxLinearWeights];
   bool ready[2] = {false, false};
-  int64_t tasks = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    int64_t per_task, blocks;
     if (const auto* dense = std::get_if<DenseMatrix>(&weights[i])) {
-      per_task = std::max<int64_t>(1, kTaskNbytes / (4 * dense->cols));
-      blocks = tasks_of(dense->rows, per_task);
-    } else {
-      const TileMatrix& w = std::get<TileMatrix>(weights[i]);
-      const int slot = w.group == 64 ? 1 : 0;
-      if (!ready[slot]) prepare(linear_input_[slot], x, tokens, cols, w.group);
-      ready[slot] = true;
-      per_task = tiles_per_task(w, tokens);
-      blocks = tasks_of(w.row_tiles(), per_task);
+      runs[i] = {tasks_of(dense->rows, kTileRows), kTileRows * 4 * dense->cols};
+      continue;
     }
-    parts[i] = {&weights[i], outs[i], tasks, per_task};
-    tasks += blocks;
+    const TileMatrix& w = std::get<TileMatrix>(weights[i]);
+    const int slot = w.group == 64 ? 1 : 0;
+    if (!ready[slot]) prepare(linear_input_[slot], x, tokens, cols, w.group);
+    ready[slot] = true;
+    runs[i] = {w.row_tiles(), w.groups * w.tile_stride};
   }
-  pool_.parallel_for(tasks, [&](int64_t task) {
-    size_t i = weights.size() - 1;
-    while (parts[i].first_task > task) --i;
-    run_linear_task(parts[i], task - parts[i].first_task, x, tokens, precise);
+  split_.cut({runs, weights.size()}, pool_.threads(), kTaskNbytes);
+  pool_.parallel_for(split_.tasks(), [&](int64_t task) {
+    split_.for_each_piece(task, [&](size_t i, int64_t begin, int64_t end) {
+      multiply_rows(weights[i], x, tokens, precise, begin, end, outs[i]);
+    });
   });
 }
 
-void QuantOps::run_linear_task(const LinearPart& part, int64_t task, const float* x, int64_t tokens,
-                               bool precise) {
-  const int64_t begin = task * part.per_task;
-  if (const auto* dense = std::get_if<DenseMatrix>(part.matrix)) {
-    const int64_t end = std::min(begin + part.per_task, dense->rows);
+void QuantOps::multiply_rows(const Matrix& matrix, const float* x, int64_t tokens, bool precise,
+                             int64_t tile_begin, int64_t tile_end, float* out) {
+  if (const auto* dense = std::get_if<DenseMatrix>(&matrix)) {
+    const int64_t end = std::min(tile_end * kTileRows, dense->rows);
     for (int64_t t = 0; t < tokens; ++t) {
-      kernels_.dense(*dense, x + t * dense->cols, begin, end, part.out + t * dense->rows);
+      kernels_.dense(*dense, x + t * dense->cols, tile_begin * kTileRows, end, out + t * dense->rows);
     }
     return;
   }
-  const TileMatrix& w = std::get<TileMatrix>(*part.matrix);
+  const TileMatrix& w = std::get<TileMatrix>(matrix);
   const TokenRows everyone{tokens, nullptr, nullptr};
-  const int64_t end = std::min(begin + part.per_task, w.row_tiles());
-  kernels_.matmul(w, linear_input_[w.group == 64 ? 1 : 0].view(precise), everyone, begin, end, part.out,
+  kernels_.matmul(w, linear_input_[w.group == 64 ? 1 : 0].view(precise), everyone, tile_begin, tile_end, out,
                   w.rows);
 }
 
