@@ -37,16 +37,25 @@ struct TileMatrix {
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// Activations of some tokens.  Planes are stored group by group, so that the tokens of a group are
-// neighbours: rows of 4 KiB would all fall into the same few sets of the first-level cache.  high is null on
-// the f32 path.
+// Tokens of one pass over a tile: the accumulators of two tiles are 8 KiB of the first-level cache.
+constexpr int64_t kTokenBlock = 64;
+
+// Where group g of a token stands in the planes: blocks of kTokenBlock tokens (the last one may be shorter),
+// in each group by group, so that the tokens of a group are neighbours and a block is one piece.  Rows of
+// 4 KiB, or groups 32 KiB apart, would all fall into the same few sets of the caches.
+inline int64_t plane_index(int64_t groups, int64_t tokens, int64_t token, int64_t g) {
+  const int64_t first = token / kTokenBlock * kTokenBlock, left = tokens - first;
+  return first * groups + g * (left < kTokenBlock ? left : kTokenBlock) + (token - first);
+}
+
+// Activations of some tokens; planes are indexed by plane_index.  high is null on the f32 path.
 struct Activations {
-  const int8_t* high = nullptr;   // [groups, tokens, group]
-  const int8_t* low = nullptr;    // [groups, tokens, group]
-  const uint8_t* fine = nullptr;  // [groups, tokens]: the low plane counts; null: it counts everywhere
-  const float* scale = nullptr;   // [groups, tokens]
-  const float* sum = nullptr;     // [groups, tokens]
-  const float* x = nullptr;       // [tokens, cols], f32 path
+  const int8_t* high = nullptr;   // `group` bytes an index
+  const int8_t* low = nullptr;    // `group` bytes an index
+  const uint8_t* fine = nullptr;  // the low plane counts; null: it counts everywhere
+  const float* scale = nullptr;
+  const float* sum = nullptr;
+  const float* x = nullptr;  // [tokens, cols], f32 path
   int64_t tokens = 0;
   int64_t cols = 0;
 };
@@ -62,9 +71,8 @@ struct QuantizedRows {
   int64_t tokens = 0;
 };
 
-// Where the results of a product go; its tokens are the first `count` rows of the activations.
+// Where the results of a product go, for each token of the activations.
 struct TokenRows {
-  int64_t count = 0;
   const int32_t* out = nullptr;   // output row of token i; null: i
   const float* weight = nullptr;  // null: out = y;  else out = fma(weight[i], y, out)
 };
@@ -83,7 +91,7 @@ struct QuantKernels {
   // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.
   void (*quantize)(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
                    const QuantizedRows& out);
-  // Group sums alone, for the f32 path: sum[g * tokens + token].
+  // Group sums alone, for the f32 path: sum[plane_index].
   void (*group_sums)(const float* x, int64_t cols, int group, int64_t token, int64_t tokens, float* sum);
   // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.
   void (*matmul)(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,

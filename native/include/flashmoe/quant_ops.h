@@ -65,20 +65,6 @@ inline Activations activations_of(const QuantizedRows& rows, bool precise, int64
           cols};
 }
 
-// The view from its row `row` on.
-inline Activations rows_from(Activations view, int64_t row, int group) {
-  if (view.high != nullptr) {
-    view.high += row * group;
-    view.low += row * group;
-    view.scale += row;
-  } else {
-    view.x += row * view.cols;
-  }
-  if (view.fine != nullptr) view.fine += row;
-  view.sum += row;
-  return view;
-}
-
 // Quantised (or, on the f32 path, referenced) activations of some tokens, ready for any number of products.
 // Holds a pointer to the floats it was made from; not thread-safe.
 class TokenInput {

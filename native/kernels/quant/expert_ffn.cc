@@ -25,7 +25,7 @@ struct QuantOps::Job {
   ExpertJob work;
   Activations input;
   int64_t offset = 0;
-  int64_t gathered = -1;               // where its input rows are gathered; -1: they are neighbours already
+  int64_t gathered = -1;               // where its input rows are gathered; -1: it takes them all
   std::atomic<int64_t> tiles_left{0};  // of gate and up
 
   Job() = default;
@@ -59,13 +59,13 @@ void QuantOps::lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t>
     job.tiles_left.store(jobs[j].layout->gate_up.row_tiles(), std::memory_order_relaxed);
     offset += padded(count * job.width());
     const int32_t* mine = tokens.data() + job.work.first;
-    const bool neighbours = std::adjacent_find(mine, mine + count, [](int32_t a, int32_t b) {
-                              return b != a + 1;
-                            }) == mine + count;
-    job.gathered = neighbours ? -1 : gathered;
-    if (!neighbours) gathered += padded(count * job.work.input->cols());
-    if (neighbours && count > 0) {
-      job.input = rows_from(job.work.input->view(job.work.precise), mine[0], job.work.input->group());
+    const bool everyone = count == job.work.input->tokens() && mine[0] == 0 &&
+                          std::adjacent_find(mine, mine + count,
+                                             [](int32_t a, int32_t b) { return b != a + 1; }) == mine + count;
+    job.gathered = everyone || count == 0 ? -1 : gathered;
+    if (job.gathered >= 0) gathered += padded(count * job.work.input->cols());
+    if (everyone) {
+      job.input = job.work.input->view(job.work.precise);
     }
   }
   hidden_.at_least(offset);
@@ -120,7 +120,7 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end) {
   const int64_t width = job.width(), tiles = tile_end - tile_begin;
   TileMatrix w = layout.gate_up;
   w.tiles = job.work.record;
-  const TokenRows feed{job.work.count, nullptr, nullptr};
+  const TokenRows feed{nullptr, nullptr};
   float* hidden = hidden_.data() + job.offset;
   kernels_.matmul_glu(w, job.input, feed, tile_begin, tile_end, hidden, width);
   if (job.tiles_left.fetch_sub(tiles, std::memory_order_acq_rel) != tiles) return;
@@ -141,8 +141,7 @@ void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, co
                         const float* weights, float* out) {
   TileMatrix w = job.work.layout->down;
   w.tiles = job.work.record + job.work.layout->down_offset;
-  const TokenRows feed{job.work.count, rows + job.work.first,
-                       weights != nullptr ? weights + job.work.first : nullptr};
+  const TokenRows feed{rows + job.work.first, weights != nullptr ? weights + job.work.first : nullptr};
   kernels_.matmul(w, hidden_view(job), feed, tile_begin, tile_end, out, job.work.layout->hidden);
 }
 

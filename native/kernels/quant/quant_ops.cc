@@ -68,7 +68,8 @@ void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const Qua
   const size_t line = static_cast<size_t>(group_);
   for (int64_t g = 0; g < cols_ / group_; ++g) {
     for (size_t i = 0; i < chosen.size(); ++i) {
-      const int64_t from = g * tokens_ + chosen[i], at = g * to.tokens + static_cast<int64_t>(i);
+      const int64_t from = plane_index(cols_ / group_, tokens_, chosen[i], g);
+      const int64_t at = plane_index(cols_ / group_, to.tokens, static_cast<int64_t>(i), g);
       std::memcpy(to.high + at * group_, rows_.high + from * group_, line);
       if (precise || rows_.fine[from] != 0)
         std::memcpy(to.low + at * group_, rows_.low + from * group_, line);
@@ -85,7 +86,9 @@ void TokenInput::gather_f32(std::span<const int32_t> chosen, float* x, float* su
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = chosen[static_cast<size_t>(i)];
     std::memcpy(x + i * cols_, x_ + from * cols_, static_cast<size_t>(4 * cols_));
-    for (int64_t g = 0; g < groups; ++g) sums[g * count + i] = f32_sums_.data()[g * tokens_ + from];
+    for (int64_t g = 0; g < groups; ++g) {
+      sums[plane_index(groups, count, i, g)] = f32_sums_.data()[plane_index(groups, tokens_, from, g)];
+    }
   }
 }
 
@@ -126,7 +129,7 @@ void QuantOps::multiply_rows(const Matrix& matrix, const float* x, int64_t token
     return;
   }
   const TileMatrix& w = std::get<TileMatrix>(matrix);
-  const TokenRows everyone{tokens, nullptr, nullptr};
+  const TokenRows everyone{nullptr, nullptr};
   kernels_.matmul(w, linear_input_[w.group == 64 ? 1 : 0].view(precise), everyone, tile_begin, tile_end, out,
                   w.rows);
 }

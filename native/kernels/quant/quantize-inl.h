@@ -16,7 +16,7 @@ FLASHMOE_INLINE float mean_square(const float* x, int64_t cols) {
 // turn it into plausible numbers, different ones in every instruction set.
 void quantize_broken(int64_t cols, int group, int64_t token, const QuantizedRows& out) {
   for (int64_t g = 0; g < cols / group; ++g) {
-    const int64_t at = g * out.tokens + token;
+    const int64_t at = plane_index(cols / group, out.tokens, token, g);
     __builtin_memset(out.high + at * group, 0, static_cast<size_t>(group));
     __builtin_memset(out.low + at * group, 0, static_cast<size_t>(group));
     out.fine[at] = 0;
@@ -31,7 +31,7 @@ void quantize(const float* x, int64_t cols, int group, float coarse_limit, int64
   const float limit = coarse_limit * coarse_limit * square;
   for (int64_t g = 0; g < cols / group; ++g) {
     const float* in = x + g * group;
-    const int64_t at = g * out.tokens + token;
+    const int64_t at = plane_index(cols / group, out.tokens, token, g);
     const float amax = largest_of(in, group);
     const bool fine = amax * amax > limit;
     // Below 1e-34 the reciprocal overflows; such a group is zero to any later arithmetic.
@@ -61,6 +61,6 @@ void group_sums(const float* x, int64_t cols, int group, int64_t token, int64_t 
   for (int64_t g = 0; g < cols / group; ++g) {
     F32x16 s = load(x + g * group);
     for (int i = 16; i < group; i += 16) s = add(s, load(x + g * group + i));
-    sum[g * tokens + token] = reduce_add(s);
+    sum[plane_index(cols / group, tokens, token, g)] = reduce_add(s);
   }
 }

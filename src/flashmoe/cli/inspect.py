@@ -78,6 +78,7 @@ def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:
         experts=facts["expert_layers"] * facts["experts"],
         experts_per_token=facts["experts_per_token"],
         context=context,
+        embedding_nbytes=facts["embedding_nbytes"],
     )
 
 

@@ -20,21 +20,34 @@ _BATCH = 256
 
 
 def make_embedding(
-    bundle: Bundle, weights: ResidentWeights, ops: CpuOps, reader: ExpertReader, file_index: int
+    bundle: Bundle,
+    weights: ResidentWeights,
+    ops: CpuOps,
+    reader: ExpertReader,
+    file_index: int,
+    resident: bool = False,
 ) -> Callable[[I32, F32], None]:
-    """A function (ids [tokens], out [tokens, hidden]) -> None."""
+    """A function (ids [tokens], out [tokens, hidden]) -> None.
+
+    resident: `weights` holds the embedding though it could stay on the drive.
+    """
     info = bundle.tensor("embed_tokens")
-    if streamed_embedding(bundle):
+    if streamed_embedding(bundle) and not resident:
         return StreamedEmbedding(info, ops, reader, file_index)
     table = weights.matrix("embed_tokens", info.rows, info.cols)
     return lambda ids, out: ops.embed(table, ids, out)
 
 
 def streamed_nbytes(bundle: Bundle) -> int:
-    """Memory that a streamed embedding needs; 0 when it is resident."""
+    """Memory that a streamed embedding needs; 0 when it must be resident."""
     if not streamed_embedding(bundle):
         return 0
     return _BATCH * _window(*_unit(bundle.tensor("embed_tokens")))
+
+
+def table_nbytes(bundle: Bundle) -> int:
+    """Bytes of the table that a streamed embedding leaves on the drive; 0 when it must be resident."""
+    return bundle.tensor("embed_tokens").nbytes if streamed_embedding(bundle) else 0
 
 
 class StreamedEmbedding:

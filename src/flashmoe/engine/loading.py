@@ -15,7 +15,7 @@ from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import memory
 from flashmoe.engine.bound import measure_drive
-from flashmoe.engine.embedding import make_embedding, streamed_nbytes
+from flashmoe.engine.embedding import make_embedding, streamed_nbytes, table_nbytes
 from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.errors import BundleError, ConfigError
@@ -75,6 +75,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         experts_per_token=per_token,
         context=context,
         kv_dtype=kv_dtype,
+        embedding_nbytes=table_nbytes(bundle),
     )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
     files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
@@ -84,10 +85,10 @@ def load(path: Path, options: EngineOptions) -> Parts:
     drive = measure_drive(
         reader, arena, [(i + 1, layer.count, layer.record_nbytes) for i, layer in enumerate(layers)]
     )
-    weights = ResidentWeights(bundle, ops, reader, 0)
+    weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
     decoder = family.decoder_class()
-    embed = make_embedding(bundle, weights, ops, reader, 0)
+    embed = make_embedding(bundle, weights, ops, reader, 0, plan.embedding_resident)
     model = decoder(
         config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
     )
@@ -107,6 +108,7 @@ def model_demand(
     experts_per_token: int,
     context: int | None,
     kv_dtype: DTypeLike = np.float16,
+    embedding_nbytes: int = 0,
 ) -> memory.Demand:
     """What the planner must know of a model; context None is the default one."""
     decoder = family.decoder_class()
@@ -119,6 +121,7 @@ def model_demand(
         experts=experts,
         min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,
         context=context,
+        embedding_nbytes=embedding_nbytes,
     )
 
 

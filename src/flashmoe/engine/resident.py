@@ -17,14 +17,17 @@ _ALIGN = 4096
 
 
 def streamed_embedding(bundle: Bundle) -> bool:
-    """True when the embedding stays on the drive: it is not also the output head."""
+    """True when the embedding can stay on the drive: it is not also the output head."""
     return "lm_head" in bundle
 
 
-def resident_range(bundle: Bundle) -> tuple[int, int]:
-    """(first, end) of the bytes of resident.safetensors that are read into memory, first 4 KiB aligned."""
+def resident_range(bundle: Bundle, embedding: bool = False) -> tuple[int, int]:
+    """(first, end) of the bytes of resident.safetensors that are read into memory, first 4 KiB aligned.
+
+    embedding: also an embedding that could stay on the drive.
+    """
     infos = [bundle.tensor(name) for name in bundle.tensor_names()]
-    if streamed_embedding(bundle):
+    if streamed_embedding(bundle) and not embedding:
         infos = [info for info in infos if info.name != "embed_tokens"]
     first = min(info.offset for info in infos) // _ALIGN * _ALIGN
     return first, max(info.offset + info.nbytes for info in infos)
@@ -33,10 +36,12 @@ def resident_range(bundle: Bundle) -> tuple[int, int]:
 class ResidentWeights:
     """Implements nn.weights.Weights over one arena.  Immutable once loaded."""
 
-    def __init__(self, bundle: Bundle, ops: CpuOps, reader: ExpertReader, file_index: int) -> None:
+    def __init__(
+        self, bundle: Bundle, ops: CpuOps, reader: ExpertReader, file_index: int, embedding: bool = False
+    ) -> None:
         """Reads the weights.  Raises ReadError when the file cannot be read to its end."""
         self._bundle, self._ops = bundle, ops
-        self._first, end = resident_range(bundle)
+        self._first, end = resident_range(bundle, embedding)
         self._buffer = AlignedBuffer(-(-(end - self._first) // _ALIGN) * _ALIGN, True)
         self._bytes: U8 = self._buffer.array()
         reader.read_into(file_index, self._first, end - self._first, self._buffer, 0)
