@@ -166,12 +166,14 @@ FLASHMOE_INLINE void add_group_int8(const Tile& tile, const TileShape& shape, co
   const int64_t at = block.first * groups + g * block.count;
   const GroupRows rows{x.high + at * shape.group, x.low + at * shape.group, x.scale + at, x.sum + at};
   int64_t t = 0;
+  // One token's low plane goes with its high one: the codes are unpacked once.
+  const bool both = block.fine == nullptr || (block.count == 1 && block.fine[g] != 0);
   for (int64_t batches = (block.count + kTogether - 1) / kTogether; batches > 0; --batches) {
     const int64_t n = (block.count - t + batches - 1) / batches;
-    add_batch(tile, shape, rows, t, static_cast<int>(n), block.fine == nullptr, acc);
+    add_batch(tile, shape, rows, t, static_cast<int>(n), both, acc);
     t += n;
   }
-  if (block.fine != nullptr && block.fine[g] != 0) add_low_planes(tile, shape, rows, block.fine[g], acc);
+  if (!both && block.fine[g] != 0) add_low_planes(tile, shape, rows, block.fine[g], acc);
 }
 
 FLASHMOE_INLINE F32x16 group_dot_f32(const U8x64* columns, int group, const float* x) {
