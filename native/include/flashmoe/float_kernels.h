@@ -13,6 +13,7 @@ namespace flashmoe {
 constexpr int64_t kMaxHeadDim = 512;  // head_dim, key_dim and value_dim limits of the stack buffers below
 constexpr int64_t kKeyBlock = 64;     // keys of one online-softmax step, aligned to absolute positions
 constexpr int64_t kHeadsPerTask = 8;  // query heads that share one pass over keys and values
+constexpr int64_t kQueryBlock = 8;    // tokens that share it in a prompt: a key block stays in the caches
 
 struct CacheView {
   void* data = nullptr;  // [kv_heads, context, head_dim]
@@ -42,14 +43,25 @@ struct DeltaStep {
 };
 
 struct AttentionTask {
-  const float* q = nullptr;     // [heads, head_dim] of one token
+  // Of `tokens` neighbouring tokens; strides are floats from token to token.
+  const float* q = nullptr;  // [heads, head_dim]
+  int64_t q_stride = 0;
   const float* gate = nullptr;  // heads are 2 * head_dim apart
+  int64_t gate_stride = 0;
   CacheView keys, values;
   int64_t kv_head = 0;
   int64_t heads = 0;    // at most kHeadsPerTask
-  int64_t visible = 0;  // keys 0 .. visible - 1
+  int64_t tokens = 1;   // at most kQueryBlock
+  int64_t visible = 0;  // the first token sees keys 0 .. visible - 1, each further one sees one more
   float scale = 0.0f;
   float* out = nullptr;  // [heads, head_dim]
+  int64_t out_stride = 0;
+};
+
+// The online softmax of one query row.
+struct AttentionRow {
+  float max;
+  float sum;
 };
 
 struct FloatKernels {

@@ -6,6 +6,8 @@
 FLASHMOE_TARGET_BEGIN_AVX2
 namespace flashmoe::avx2 {
 
+// One copy of the attention for each small number of rows.
+#define FLASHMOE_SPECIALISED true
 #include "kernels/float/table-inl.h"
 
 }  // namespace flashmoe::avx2

@@ -3,9 +3,10 @@
 void causal_conv(const float* u, const float* w, float* state, int64_t tokens, int64_t channels, int64_t taps,
                  int64_t begin, int64_t end, float* out) {
   const int64_t past = taps - 1;
-  for (int64_t c = begin; c < end; c += 16) {
-    const int64_t n = end - c;
-    for (int64_t t = 0; t < tokens; ++t) {
+  // Token by token: channels are neighbours, while tokens lie 32 KiB apart, in the same sets of the caches.
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = begin; c < end; c += 16) {
+      const int64_t n = end - c;
       F32x16 acc = zero();
       for (int64_t j = 0; j < taps; ++j) {
         const int64_t row = t + j - past;
@@ -14,6 +15,9 @@ void causal_conv(const float* u, const float* w, float* state, int64_t tokens, i
       }
       store_n(out + t * channels + c, silu(acc), n);
     }
+  }
+  for (int64_t c = begin; c < end; c += 16) {
+    const int64_t n = end - c;
     // Row i of the new state is row tokens + i of (state, u): it lies ahead, so ascending order is safe in
     // place.
     for (int64_t i = 0; i < past; ++i) {

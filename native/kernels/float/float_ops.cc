@@ -141,21 +141,27 @@ void FloatOps::attention(const AttentionShape& shape, const float* q, const Cach
                          const CacheView& values, int64_t position, const float* q_gate, float* out) {
   const int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
   const int64_t parts = (group + kHeadsPerTask - 1) / kHeadsPerTask;
+  const int64_t blocks = (shape.tokens + kQueryBlock - 1) / kQueryBlock;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  pool_.parallel_for(shape.tokens * shape.kv_heads * parts, [&](int64_t index) {
-    const int64_t t = index / (shape.kv_heads * parts);
+  pool_.parallel_for(blocks * shape.kv_heads * parts, [&](int64_t index) {
+    // Later tokens see more keys: longest first.
+    const int64_t t = (blocks - 1 - index / (shape.kv_heads * parts)) * kQueryBlock;
     const int64_t kv_head = index / parts % shape.kv_heads, part = index % parts;
     const int64_t head = kv_head * group + part * kHeadsPerTask;
     AttentionTask task;
     task.q = q + (t * shape.heads + head) * dim;
+    task.q_stride = shape.heads * dim;
     task.gate = q_gate + (t * shape.heads + head) * 2 * dim + dim;
+    task.gate_stride = 2 * shape.heads * dim;
     task.keys = keys;
     task.values = values;
     task.kv_head = kv_head;
     task.heads = std::min(kHeadsPerTask, group - part * kHeadsPerTask);
+    task.tokens = std::min(kQueryBlock, shape.tokens - t);
     task.visible = position + t + 1;
     task.scale = scale;
     task.out = out + (t * shape.heads + head) * dim;
+    task.out_stride = shape.heads * dim;
     kernels_.attention(task);
   });
 }

@@ -3,6 +3,8 @@
 
 namespace flashmoe::scalar {
 
+// One copy of the attention for each small number of rows.
+#define FLASHMOE_SPECIALISED false
 #include "kernels/float/table-inl.h"
 
 }  // namespace flashmoe::scalar

@@ -2,6 +2,8 @@
 
 namespace {
 
+constexpr bool kSpecialised = FLASHMOE_SPECIALISED;
+
 #include "kernels/float/norm-inl.h"
 
 #include "kernels/float/delta-inl.h"
