@@ -64,15 +64,29 @@ Activations TokenInput::view(bool precise) const {
   return view;
 }
 
+namespace {
+
+// A constant length lets the compiler copy in registers: a call for each line took 5 % of a product.
+template <int kGroup>
+void copy_lines(const QuantizedRows& from, int64_t at, const QuantizedRows& to, int64_t to_at, bool low) {
+  std::memcpy(to.high + to_at * kGroup, from.high + at * kGroup, kGroup);
+  if (low) std::memcpy(to.low + to_at * kGroup, from.low + at * kGroup, kGroup);
+}
+
+}  // namespace
+
 void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const QuantizedRows& to) const {
-  const size_t line = static_cast<size_t>(group_);
-  for (int64_t g = 0; g < cols_ / group_; ++g) {
-    for (size_t i = 0; i < chosen.size(); ++i) {
-      const int64_t from = plane_index(cols_ / group_, tokens_, chosen[i], g);
-      const int64_t at = plane_index(cols_ / group_, to.tokens, static_cast<int64_t>(i), g);
-      std::memcpy(to.high + at * group_, rows_.high + from * group_, line);
-      if (precise || rows_.fine[from] != 0)
-        std::memcpy(to.low + at * group_, rows_.low + from * group_, line);
+  const int64_t groups = cols_ / group_;
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t from = plane_index(groups, tokens_, chosen[i], g);
+      const int64_t at = plane_index(groups, to.tokens, static_cast<int64_t>(i), g);
+      const bool low = precise || rows_.fine[from] != 0;
+      if (group_ == 64) {
+        copy_lines<64>(rows_, from, to, at, low);
+      } else {
+        copy_lines<32>(rows_, from, to, at, low);
+      }
       to.fine[at] = rows_.fine[from];
       to.scale[at] = rows_.scale[from];
       to.sum[at] = rows_.sum[from];
