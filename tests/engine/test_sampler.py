@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flashmoe import _native
 from flashmoe.engine.params import SamplingParams
-from flashmoe.engine.sampler import Sampler
+from flashmoe.engine.sampler import Sampler, top_logprobs
 from flashmoe.errors import ConfigError
 
 F = np.float32
@@ -43,8 +43,8 @@ def distribution(logits: Floats, params: SamplingParams, allowed: list[int] | No
         order, weights = order[:1], np.ones(1)
     else:
         order = order[: params.top_k or None]
-        scaled = (logits[order] / F(params.temperature)).astype(np.float64)
-        weights = np.exp(scaled - scaled[0])
+        inverse = F(1) / max(F(params.temperature), F(1e-30))
+        weights = np.exp(((logits[order] - logits[order[0]]) * inverse).astype(np.float64))
         sums = np.cumsum([0.0, *weights])
         kept = (sums[:-1] < float(F(params.top_p)) * sums[-1]) & (weights >= float(F(params.min_p)))
         kept[0] = True
@@ -303,3 +303,48 @@ def test_the_native_sampler_takes_what_the_settings_allow() -> None:
     _native.Sampler(100.0, (1 << 31) - 1, 1.0, 1.0, 100.0, -100.0, 100.0, (1 << 64) - 1).sample(
         np.zeros(3, F)
     )
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 5000, VOCAB])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_top_logprobs(vocab: int, count: int) -> None:
+    logits = np.random.default_rng(vocab).normal(0, 4, vocab).astype(F)
+    logits[vocab // 2] = logits.max()  # a tie
+    best, log_sum = top_logprobs(logits, count)
+    wide = logits.astype(np.float64)
+    expected = np.log(np.exp(wide - wide.max()).sum()) + wide.max()
+    assert log_sum == pytest.approx(expected, abs=1e-6)
+    order = np.argsort(-logits, kind="stable")[:count]
+    assert [token for token, _ in best] == order.tolist()
+    np.testing.assert_allclose([value for _, value in best], wide[order] - expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_log_probabilities_of_broken_logits_are_refused(bad: float) -> None:
+    with pytest.raises(RuntimeError):
+        top_logprobs(np.array([0.0, bad], F), 1)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_every_instruction_set_draws_the_same(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a draw depends on the last bit of a sum: top-p without top-k, half of the tokens hidden."""
+    rng = np.random.default_rng(4)
+    logits, mask = rng.normal(0, 2, 10_007).astype(F), rng.integers(0, 2**32, 313, dtype=np.uint32)
+    seen = rng.integers(0, len(logits), 300).tolist()
+
+    def run(name: str) -> list[Any]:
+        monkeypatch.setenv("FLASHMOE_CPU", name)
+        out: list[Any] = []
+        for options in (
+            {},
+            {"top_p": 0.5},
+            {"top_p": 0.9, "min_p": 0.01},
+            {"top_k": 50},
+            {"temperature": 0.0},
+        ):
+            sampler = Sampler(SamplingParams(seed=9, repetition_penalty=1.2, **options), seen)
+            for allowed in (None, mask) * 20:
+                out += [sampler.sample(logits, allowed), sampler._native.probability]
+        return [*out, _native.top_logprobs(logits, 20)]
+
+    assert run(isa) == run("scalar")

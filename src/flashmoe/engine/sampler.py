@@ -38,3 +38,13 @@ class Sampler:
         Raises RuntimeError when a logit is not a number or no token is allowed.
         """
         return self._native.sample(logits, allowed)
+
+
+def top_logprobs(logits: F32, count: int) -> tuple[list[tuple[int, float]], float]:
+    """The `count` most likely tokens of logits [vocab] as (id, log-probability), falling, and log(sum(exp(logits))).
+
+    A token's log-probability is its logit minus that sum.  Equal tokens come by rising id.  Thread-safe.  Raises
+    RuntimeError when a logit is not a number or the largest is infinite.
+    """
+    log_sum, ids, values = _native.top_logprobs(logits, count)
+    return [(token, value - log_sum) for token, value in zip(ids, values, strict=True)], log_sum

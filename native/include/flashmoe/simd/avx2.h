@@ -73,6 +73,14 @@ FLASHMOE_INLINE F32x16 zero_where_below(F32x16 a, F32x16 x, float limit) {
   return {_mm256_andnot_ps(_mm256_cmp_ps(x.lo, bound, _CMP_LT_OQ), a.lo),
           _mm256_andnot_ps(_mm256_cmp_ps(x.hi, bound, _CMP_LT_OQ), a.hi)};
 }
+// Lane i: bit i of bits ? a : b.
+FLASHMOE_INLINE F32x16 select_lanes(uint32_t bits, F32x16 a, F32x16 b) {
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i low = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes);
+  const __m256i high = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits >> 8)), lanes);
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_castsi256_ps(_mm256_cmpeq_epi32(low, lanes))),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_castsi256_ps(_mm256_cmpeq_epi32(high, lanes)))};
+}
 FLASHMOE_INLINE __m128i load_halves(const uint16_t* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }

@@ -46,6 +46,10 @@ FLASHMOE_INLINE F32x16 zero_where_below(F32x16 a, F32x16 x, float limit) {
   // Not-less-than, unordered is true: a NaN stays a NaN.
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
+// Lane i: bit i of bits ? a : b.
+FLASHMOE_INLINE F32x16 select_lanes(uint32_t bits, F32x16 a, F32x16 b) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
+}
 FLASHMOE_INLINE __m256i load_halves(const uint16_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }

@@ -91,6 +91,11 @@ FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(a.v[i]);
 }
 
+// Lane i: bit i of bits ? a : b.
+FLASHMOE_INLINE F32x16 select_lanes(uint32_t bits, F32x16 a, F32x16 b) {
+  FLASHMOE_LANES((bits >> i) & 1u ? a.v[i] : b.v[i]);
+}
+
 #undef FLASHMOE_LANES
 
 // Lanes i and i + 8, then + 4, + 2, + 1: the tree of every instruction set.

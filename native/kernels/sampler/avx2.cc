@@ -1,0 +1,17 @@
+#include "flashmoe/sampler_kernels.h"
+
+#if defined(__x86_64__)
+#include "flashmoe/simd/avx2.h"
+
+FLASHMOE_TARGET_BEGIN_AVX2
+namespace flashmoe::avx2 {
+
+#include "kernels/sampler/scan-inl.h"
+
+}  // namespace flashmoe::avx2
+FLASHMOE_TARGET_END
+
+namespace flashmoe {
+const SamplerKernels& sampler_kernels_avx2() { return avx2::kTable; }
+}  // namespace flashmoe
+#endif

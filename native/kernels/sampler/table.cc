@@ -1,0 +1,23 @@
+#include <stdexcept>
+#include <string>
+
+#include "flashmoe/sampler_kernels.h"
+
+namespace flashmoe {
+
+const SamplerKernels& sampler_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+      return sampler_kernels_scalar();
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return sampler_kernels_avx2();
+    case Isa::avx512vnni:
+      return sampler_kernels_avx512vnni();
+#endif
+    default:
+      throw std::invalid_argument(std::string("no kernels for ") + isa_name(isa) + " in this build");
+  }
+}
+
+}  // namespace flashmoe
