@@ -8,7 +8,15 @@ SANITIZE_DIR ?= build/sanitize
 DEMO_EXPERTS ?= 25%
 DEMO_SOURCE ?= ../shared/demo-model
 
-.PHONY: run test build lint native-sanitize oracle demo-model fixtures clean
+# `make bench`: a bundle of the 35B shape with 8 layers, and llama.cpp where docs/benchmarks.md had it built.
+CACHE ?= .cache
+BENCH_CONFIG ?= ../shared/configs/Qwen--Qwen3.5-35B-A3B_config.json
+BENCH_BUNDLE ?= $(CACHE)/bench/q35-l8
+PEER_BENCH ?= $(CACHE)/peer/build/bin/llama-bench
+PEER_MODEL ?= $(CACHE)/peer/q35-l8.gguf
+BENCH_FLAGS ?= --prompt 128,512,2048 --context 0,4096 --profile
+
+.PHONY: run test build lint bench native-sanitize oracle demo-model fixtures clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -31,6 +39,17 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'native/*.h' 'native/*.cc')
+
+$(BENCH_BUNDLE)/manifest.json:
+	mkdir -p $(dir $(BENCH_BUNDLE))
+	$(VENV)/bin/flashmoe synth $(BENCH_CONFIG) $(BENCH_BUNDLE) --layers 8
+
+# Some twenty minutes; nothing else should run meanwhile.
+bench: $(VENV)/.installed $(BENCH_BUNDLE)/manifest.json
+	$(VENV)/bin/flashmoe bench $(BENCH_FLAGS) --results benchmarks/results/demo.jsonl
+	$(VENV)/bin/flashmoe bench $(BENCH_BUNDLE) $(BENCH_FLAGS) --results benchmarks/results/q35-l8.jsonl \
+	  --plot $(CACHE)/bench/q35-l8.png \
+	  $(if $(wildcard $(PEER_BENCH)),--peer-bench $(PEER_BENCH) --peer-model $(PEER_MODEL))
 
 native-sanitize: $(VENV)/.installed
 	for kind in address,undefined thread; do \

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "show what a bundle or a checkpoint contains and what memory it needs",
     "verify": "check every byte of a bundle against its checksums",
     "synth": "make a bundle of a real model's exact shape with random weights",
+    "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",
     "doctor": "show what this machine offers: instruction set, memory, drives",
 }
 

@@ -34,6 +34,11 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers, separated by commas; an empty text is no number at all."""
+    return [whole(part.strip()) for part in text.split(",")] if text.strip() else []
+
+
 def real(text: str) -> float:
     """A finite number."""
     try:

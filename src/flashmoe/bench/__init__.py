@@ -1,0 +1,1 @@
+"""Measurements of speed, each beside the bound that the machine sets in the same run."""

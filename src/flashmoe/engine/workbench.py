@@ -1,0 +1,141 @@
+"""What measurements need of an engine: everything in memory, a context without its prompt, bytes and operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from flashmoe.bundle.codecs import FfnLayout
+from flashmoe.engine.bound import measure_memory
+from flashmoe.engine.engine import Engine
+from flashmoe.errors import ConfigError
+from flashmoe.nn.attention import KeyValueCache
+
+OPERATIONS = [
+    "embed",
+    "linear",
+    "prepare",
+    "expert_ffn",
+    "combine",
+    "sigmoid",
+    "rms_norm",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "causal_conv1d",
+    "gated_delta_rule",
+    "attention_prepare",
+    "attention",
+    "route",
+]
+_FILL = 4096  # positions filled with random values at a time
+
+
+class Workbench:
+    """Measures an engine from inside.  Not thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._parts = engine._parts
+
+    @property
+    def resident(self) -> bool:
+        """True when every expert has a slot."""
+        return self.engine.plan.slots >= self.engine.plan.experts
+
+    def warm(self) -> None:
+        """Read experts into the slots, as many as there are."""
+        for layer in self._parts.bundle.expert_layers:
+            for _ in self._parts.cache.stream(layer.layer, list(range(layer.count)), 1):
+                pass
+
+    def bytes_read(self) -> int:
+        """Bytes of experts read from the drive so far."""
+        return self._parts.cache.stats().bytes_read
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second at which the engine's own threads read its weights."""
+        return measure_memory(self._parts.ops, self._parts.weights.data)
+
+    def int8_peak(self) -> float:
+        """Multiply-adds per second of the engine's own threads between registers."""
+        return self._parts.ops.int8_peak()
+
+    def fill_context(self, tokens: int) -> None:
+        """Begin a sequence that has `tokens` tokens already: random keys and values, zero recurrent states.
+
+        The time of a further token depends on how many there are, not on what they are.  Raises ConfigError when
+        the context is too short for it.
+        """
+        if tokens >= self.engine.plan.context:
+            raise ConfigError(
+                f"a context of {self.engine.plan.context} cannot hold {tokens} tokens and a new one"
+            )
+        self.engine.start()
+        state, rng = self._parts.state, np.random.default_rng(0)
+        for layer in state.layers:
+            if isinstance(layer, KeyValueCache):
+                _fill(layer, tokens, rng)
+        state.position = tokens
+
+    def step_nbytes(self, context: int) -> int:
+        """Bytes of weights, states, keys and values that one decoded token reads at least."""
+        total = self._parts.token_nbytes
+        for layer in self._parts.state.layers:
+            if isinstance(layer, KeyValueCache):
+                heads, _, dim = layer.keys.shape
+                total += 2 * heads * context * dim * layer.keys.itemsize
+        return total
+
+    def multiply_adds(self) -> tuple[int, int]:
+        """Of quantised and dense matrices: (for each token, for a row of logits)."""
+        bundle = self._parts.bundle
+        head = "lm_head" if "lm_head" in bundle else "embed_tokens"
+        each = 0
+        for info in map(bundle.tensor, bundle.tensor_names()):
+            if isinstance(info.codec, FfnLayout):
+                each += 3 * info.codec.hidden * info.codec.intermediate
+            elif info.name not in (head, "embed_tokens") and info.rows > 1 and info.cols > 64:
+                each += info.rows * info.cols
+        per_token = self._parts.model.config.num_experts_per_tok
+        if self.engine._options.experts_per_token:
+            per_token = self.engine._options.experts_per_token
+        for layer in bundle.expert_layers:
+            each += per_token * 3 * layer.ffn.hidden * layer.ffn.intermediate
+        info = bundle.tensor(head)
+        return each, info.rows * info.cols
+
+    @contextmanager
+    def timed_operations(self) -> Iterator[dict[str, float]]:
+        """Seconds spent inside each native operation, summed while the context lasts."""
+        ops, seconds = self._parts.ops, dict[str, float]()
+        originals = {name: getattr(ops, name) for name in OPERATIONS}
+        try:
+            for name, call in originals.items():
+                setattr(ops, name, _timed(call, name, seconds))
+            yield seconds
+        finally:
+            for name, call in originals.items():
+                setattr(ops, name, call)
+
+
+def _timed(call: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def timed(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+    return timed
+
+
+def _fill(layer: KeyValueCache, tokens: int, rng: np.random.Generator) -> None:
+    heads, _, dim = layer.keys.shape
+    for begin in range(0, tokens, _FILL):
+        count = min(_FILL, tokens - begin)
+        for cache in (layer.keys, layer.values):
+            cache[:, begin : begin + count] = rng.standard_normal((heads, count, dim), np.float32)
