@@ -16,7 +16,7 @@ PEER_BENCH ?= $(CACHE)/peer/build/bin/llama-bench
 PEER_MODEL ?= $(CACHE)/peer/q35-l8.gguf
 BENCH_FLAGS ?= --prompt 128,512,2048 --context 0,4096 --profile
 
-.PHONY: run test build lint bench native-sanitize oracle demo-model fixtures clean
+.PHONY: run test build lint bench native-sanitize test-arm instruction-budget instruction-budget-record oracle demo-model fixtures clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -59,6 +59,36 @@ native-sanitize: $(VENV)/.installed
 	  $(VENV)/bin/cmake --build $$dir && \
 	  $(VENV)/bin/ctest --test-dir $$dir --output-on-failure || exit 1; \
 	done
+
+# The native tests of a processor that is not this one: cross-compiled and emulated, with and without the dot products.
+# Debian: g++-aarch64-linux-gnu qemu-user.  Numerics only: emulation says nothing about speed.
+ARM_DIR ?= build/arm
+NATIVE_DIR ?= build/native
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
+CMAKE_BUILD = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DFLASHMOE_NATIVE_TESTS=ON
+
+test-arm: $(VENV)/.installed
+	@command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null || \
+	  { echo "test-arm needs an Arm compiler and emulator: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(CMAKE_BUILD) -B $(NATIVE_DIR) && $(VENV)/bin/cmake --build $(NATIVE_DIR)
+	$(CMAKE_BUILD) -B $(ARM_DIR) -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake && \
+	  $(VENV)/bin/cmake --build $(ARM_DIR)
+	$(NATIVE_DIR)/test_kernels | tee $(ARM_DIR)/here.txt
+	for cpu in cortex-a72 neoverse-n1 max; do \
+	  $(QEMU) -cpu $$cpu $(ARM_DIR)/test_kernels | tee $(ARM_DIR)/there.txt && \
+	  test "$$(sed 's/.*agree/agree/' $(ARM_DIR)/here.txt)" = "$$(sed 's/.*agree/agree/' $(ARM_DIR)/there.txt)" || \
+	    { echo "test-arm: $$cpu gives other bits than this machine" >&2; exit 1; }; \
+	  $(QEMU) -cpu $$cpu $(ARM_DIR)/test_thread_pool || exit 1; \
+	done
+
+# Instructions of the hot kernels (AVX2, under callgrind) against native/bench/budget.json.  Debian: valgrind.
+instruction-budget: BUDGET_FLAGS :=
+instruction-budget-record: BUDGET_FLAGS := --record
+instruction-budget instruction-budget-record: $(VENV)/.installed
+	@command -v valgrind >/dev/null || { echo "instruction counts need: apt install valgrind" >&2; exit 1; }
+	$(CMAKE_BUILD) -B $(NATIVE_DIR) -DFLASHMOE_NATIVE_BENCH=ON && $(VENV)/bin/cmake --build $(NATIVE_DIR)
+	$(PY) tools/instruction_budget.py $(NATIVE_DIR)/instructions \
+	  $$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' $(NATIVE_DIR)/CMakeCache.txt) $(BUDGET_FLAGS)
 
 $(ORACLE_VENV)/.installed: pyproject.toml
 	test -x $(ORACLE_VENV)/bin/python || python3 -m venv $(ORACLE_VENV)

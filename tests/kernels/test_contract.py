@@ -279,4 +279,4 @@ def test_a_wrong_instruction_set_is_one_line_that_names_the_variable() -> None:
     code = "import sys; from flashmoe.cli import main; sys.exit(main(['run', 'hello']))"
     done = python(code, FLASHMOE_CPU="sse9")
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"flashmoe: error: FLASHMOE_CPU: .*'sse9'.*: choose scalar, .*\n", done.stderr)
+    assert re.fullmatch(r"flashmoe: error: FLASHMOE_CPU: .*'sse9'.*: choose one of scalar, .*\n", done.stderr)

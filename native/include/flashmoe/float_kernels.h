@@ -91,6 +91,7 @@ struct FloatKernels {
 const FloatKernels& float_kernels_scalar();
 const FloatKernels& float_kernels_avx2();
 const FloatKernels& float_kernels_avx512vnni();
+const FloatKernels& float_kernels_neon();
 
 // Table of `isa`; throws std::invalid_argument when it is not compiled in.
 const FloatKernels& float_kernels(Isa isa);

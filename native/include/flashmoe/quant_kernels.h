@@ -117,7 +117,12 @@ struct QuantKernels {
 
 const QuantKernels& quant_kernels_scalar();
 const QuantKernels& quant_kernels_avx2();
+const QuantKernels& quant_kernels_avxvnni();
+const QuantKernels& quant_kernels_avx512vl();
 const QuantKernels& quant_kernels_avx512vnni();
+const QuantKernels& quant_kernels_neon();
+const QuantKernels& quant_kernels_dotprod();
+const QuantKernels& quant_kernels_i8mm();
 
 // Table of `isa`; throws std::invalid_argument when it is not compiled in.
 const QuantKernels& quant_kernels(Isa isa);

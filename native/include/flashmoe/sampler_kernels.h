@@ -30,6 +30,7 @@ struct SamplerKernels {
 const SamplerKernels& sampler_kernels_scalar();
 const SamplerKernels& sampler_kernels_avx2();
 const SamplerKernels& sampler_kernels_avx512vnni();
+const SamplerKernels& sampler_kernels_neon();
 
 // Table of `isa`; throws std::invalid_argument when it is not compiled in.
 const SamplerKernels& sampler_kernels(Isa isa);

@@ -20,6 +20,14 @@
 #define FLASHMOE_TARGET_BEGIN_AVX512 \
   FLASHMOE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
+#if defined(__clang__)
+#define FLASHMOE_TARGET_BEGIN_DOTPROD FLASHMOE_TARGET_BEGIN("dotprod")
+#define FLASHMOE_TARGET_BEGIN_I8MM FLASHMOE_TARGET_BEGIN("dotprod,i8mm")
+#else
+#define FLASHMOE_TARGET_BEGIN_DOTPROD FLASHMOE_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#define FLASHMOE_TARGET_BEGIN_I8MM FLASHMOE_TARGET_BEGIN("arch=armv8.2-a+dotprod+i8mm")
+#endif
+
 // Small bodies must vanish into their loops: a call would spill sixteen vectors.
 #define FLASHMOE_INLINE static inline __attribute__((always_inline))
 

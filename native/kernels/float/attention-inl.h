@@ -118,7 +118,7 @@ FLASHMOE_INLINE float block_weights(float* score, int64_t count, float* running_
 FLASHMOE_INLINE void add_columns(const AttentionTask& task, CacheKind kind, const KeyRange& range, int64_t i,
                                  int width, const float* weight, const float* correction, int n, float* acc) {
   const int64_t dim = task.values.head_dim;
-  F32x16 sum[kRowsTogether * 4];
+  F32x16 sum[kRowsTogether * 4] = {};
   FLASHMOE_UNROLL(4)
   for (int r = 0; r < n; ++r) {
     FLASHMOE_UNROLL(4)

@@ -23,9 +23,15 @@ const FloatKernels& float_kernels(Isa isa) {
       return float_kernels_scalar();
 #if defined(__x86_64__)
     case Isa::avx2:
+    case Isa::avxvnni:
       return float_kernels_avx2();
     case Isa::avx512vnni:
       return float_kernels_avx512vnni();
+#elif defined(__aarch64__)
+    case Isa::neon:
+    case Isa::dotprod:
+    case Isa::i8mm:
+      return float_kernels_neon();
 #endif
     default:
       throw std::invalid_argument(std::string("no kernels for ") + isa_name(isa) + " in this build");

@@ -1,0 +1,36 @@
+#include "flashmoe/quant_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "flashmoe/simd/avx2.h"
+#include "flashmoe/target.h"
+
+// Dot products of 256 bits as processors without AVX-512 encode them (Alder Lake, Zen 5 and later).
+FLASHMOE_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+namespace flashmoe::avxvnni {
+namespace {
+
+using namespace flashmoe::avx2;
+
+#include "kernels/quant/avx2-inl.h"
+
+// Does not saturate: 8-bit codes need no special care.
+FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {
+  const __m256i x = _mm256_set1_epi32(x4);
+  return {{_mm256_dpbusd_avx_epi32(acc.half[0], codes.half[0], x),
+           _mm256_dpbusd_avx_epi32(acc.half[1], codes.half[1], x)}};
+}
+FLASHMOE_INLINE I32x16 dot4_wide(I32x16 acc, U8x64 codes, int32_t x4) { return dot4(acc, codes, x4); }
+
+}  // namespace
+
+#include "kernels/quant/quant-inl.h"
+
+}  // namespace flashmoe::avxvnni
+FLASHMOE_TARGET_END
+
+namespace flashmoe {
+const QuantKernels& quant_kernels_avxvnni() { return avxvnni::kTable; }
+}  // namespace flashmoe
+#endif
