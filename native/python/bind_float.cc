@@ -28,13 +28,22 @@ int64_t dim(const Floats& array, size_t axis) { return static_cast<int64_t>(arra
 int64_t size(const Floats& array) { return static_cast<int64_t>(array.size()); }
 
 CacheView cache_view(const Cache& cache, int64_t kv_heads, int64_t head_dim) {
+  CacheView view;
   const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-  const bool f16 = cache.dtype() == half;
-  require(f16 || cache.dtype() == nb::dtype<float>(), "a cache must be float16 or float32");
-  require(
-      static_cast<int64_t>(cache.shape(0)) == kv_heads && static_cast<int64_t>(cache.shape(2)) == head_dim,
-      "a cache must have shape [kv_heads, context, head_dim]");
-  return {cache.data(), f16, static_cast<int64_t>(cache.shape(1)), head_dim};
+  if (cache.dtype() == nb::dtype<float>()) {
+    view.type = CacheType::f32;
+  } else if (cache.dtype() == nb::dtype<int8_t>()) {
+    view.type = CacheType::int8;
+  } else {
+    require(cache.dtype() == half, "a cache must be float16, float32 or int8");
+  }
+  view.data = static_cast<uint8_t*>(cache.data());
+  view.blocks = static_cast<int64_t>(cache.shape(1));
+  view.head_dim = head_dim;
+  require(static_cast<int64_t>(cache.shape(0)) == kv_heads &&
+              static_cast<int64_t>(cache.shape(2)) * view.element_nbytes() == view.block_nbytes(),
+          "a cache must have shape [kv_heads, blocks, block] as in kernels/kv_cache.py");
+  return view;
 }
 
 void rms_norm(FloatOps& ops, const Floats& x, const Floats& w, float eps, const Floats& out) {
@@ -112,7 +121,7 @@ void attention_prepare(FloatOps& ops, const Floats& q_gate, const Floats& k, con
   const int64_t kv = shape.tokens * shape.kv_heads * shape.head_dim;
   require(size(k) == kv && size(v) == kv, "k and v must be [tokens, kv_heads * head_dim]");
   // Differences: position + tokens could overflow.
-  const int64_t shortest = std::min({key_view.context, value_view.context, dim(cos, 0)});
+  const int64_t shortest = std::min({key_view.context(), value_view.context(), dim(cos, 0)});
   require(position >= 0 && position <= shortest - shape.tokens,
           "the positions do not fit the cache or the rotary table");
   nb::gil_scoped_release release;
@@ -126,7 +135,8 @@ void attention(FloatOps& ops, const Floats& q, const Cache& keys, const Cache& v
   const CacheView key_view = cache_view(keys, shape.kv_heads, shape.head_dim);
   const CacheView value_view = cache_view(values, shape.kv_heads, shape.head_dim);
   require(size(out) == size(q), "out must have q's size");
-  const int64_t shortest = std::min(key_view.context, value_view.context);
+  require(key_view.type == value_view.type, "keys and values must have one dtype");
+  const int64_t shortest = std::min(key_view.context(), value_view.context());
   require(position >= 0 && position <= shortest - shape.tokens, "the positions do not fit the cache");
   nb::gil_scoped_release release;
   ops.attention(shape, q.data(), key_view, value_view, position, q_gate.data(), out.data());

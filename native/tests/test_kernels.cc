@@ -155,7 +155,7 @@ void delta_rule(Run& run, const DeltaShape& shape) {
 }
 
 // The cache is exactly full afterwards; what lies before `position` is zero.
-void attention(Run& run, const AttentionShape& shape, int64_t position, bool f16) {
+void attention(Run& run, const AttentionShape& shape, int64_t position, CacheType type) {
   run.section = "attention";
   const int64_t dim = shape.head_dim, tokens = shape.tokens, context = position + tokens;
   const auto q_gate = run.random(2 * tokens * shape.heads * dim);
@@ -164,9 +164,12 @@ void attention(Run& run, const AttentionShape& shape, int64_t position, bool f16
   const auto cos = run.random(context * shape.rotated / 2), sin = run.random(context * shape.rotated / 2);
   const auto q = run.empty<float>(tokens * shape.heads * dim),
              out = run.empty<float>(tokens * shape.heads * dim);
-  const int64_t nbytes = shape.kv_heads * context * dim * (f16 ? 2 : 4);
+  CacheView key_view{nullptr, type, (context + kCachePositions - 1) / kCachePositions, dim};
+  CacheView value_view = key_view;
+  const int64_t nbytes = shape.kv_heads * key_view.blocks * key_view.block_nbytes();
   const auto keys = run.empty<uint8_t>(nbytes), values = run.empty<uint8_t>(nbytes);
-  const CacheView key_view{keys.data(), f16, context, dim}, value_view{values.data(), f16, context, dim};
+  key_view.data = keys.data();
+  value_view.data = values.data();
   run.floats.attention_prepare(shape, q_gate.data(), k.data(), v.data(), q_norm.data(), k_norm.data(), 1e-6f,
                                cos.data(), sin.data(), position, q.data(), key_view, value_view);
   run.floats.attention(shape, q.data(), key_view, value_view, position, q_gate.data(), out.data());
@@ -301,11 +304,11 @@ void float_ops(Run& run) {
   }
   convolution(run, 2, 1040, 2);
   delta_rule(run, {3, 1, 1, 128, 32});
-  for (bool f16 : {true, false}) {
-    attention(run, {1, 1, 1, 8, 0}, 0, f16);
-    attention(run, {2, 20, 2, 24, 6}, 63, f16);
-    attention(run, {5, 3, 3, 10, 10}, 60, f16);
-    attention(run, {1, 2, 1, kMaxHeadDim, 128}, 129, f16);
+  for (CacheType type : {CacheType::f32, CacheType::f16, CacheType::int8}) {
+    attention(run, {1, 1, 1, 8, 0}, 0, type);
+    attention(run, {2, 20, 2, 24, 6}, 63, type);
+    attention(run, {5, 3, 3, 10, 10}, 254, type);
+    attention(run, {1, 7, 1, kMaxHeadDim, 128}, 520, type);
   }
   routing(run, 1, 1, 1);
   routing(run, 5, 33, 5);

@@ -112,7 +112,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "mixed": (3, 18), "a": (3, 2), "b": (3, 2), "a_log": (2,), "dt_bias": (2,), "state": (2, 4, 5),
     "read": (3, 2, 5),
     "q_gate": (3, 32), "k": (3, 8), "v": (3, 8), "q_norm": (8,), "k_norm": (8,), "cos": (9, 2), "sin": (9, 2),
-    "q_out": (3, 2, 8), "keys": (1, 9, 8), "values": (1, 9, 8), "mixed_heads": (3, 16),
+    "q_out": (3, 2, 8), "keys": (1, 1, 256), "values": (1, 1, 256), "mixed_heads": (3, 16),
 }  # fmt: skip
 
 
@@ -164,13 +164,15 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
         ("attention_prepare", {"cos": np.ones((9, 5), F), "sin": np.ones((9, 5), F)}),
         ("attention_prepare", {"cos": np.ones((4, 2), F), "sin": np.ones((4, 2), F)}),
         ("attention", {"position": -1}),
-        ("attention", {"position": 7}),
+        ("attention", {"position": 14}),
         ("attention", {"position": (1 << 63) - 1}),
         ("attention_prepare", {"position": (1 << 63) - 1}),
-        ("attention", {"keys": np.ones((1, 9, 8), np.int16)}),
-        ("attention", {"keys": np.ones((1, 9, 8), np.int32)}),
-        ("attention", {"keys": np.ones((3, 9, 8), F), "values": np.ones((3, 9, 8), F)}),
-        ("attention", {"values": np.ones((1, 4, 8), F)}),
+        ("attention", {"keys": np.ones((1, 1, 256), np.int16)}),
+        ("attention", {"keys": np.ones((1, 1, 256), np.int32)}),
+        ("attention", {"keys": np.ones((3, 1, 256), F), "values": np.ones((3, 1, 256), F)}),
+        ("attention", {"values": np.ones((1, 0, 256), F)}),
+        ("attention", {"values": np.ones((1, 1, 256), np.float16)}),
+        ("attention", {"keys": np.ones((1, 1, 256), np.int8)}),  # without its scales
         ("route", {"k": 0}),
         ("route", {"k": 11}),
         ("combine", {"rows": np.array([0, 3, 1], np.int32)}),

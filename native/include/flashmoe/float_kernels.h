@@ -10,16 +10,48 @@
 
 namespace flashmoe {
 
-constexpr int64_t kMaxHeadDim = 512;  // head_dim, key_dim and value_dim limits of the stack buffers below
-constexpr int64_t kKeyBlock = 64;     // keys of one online-softmax step, aligned to absolute positions
-constexpr int64_t kHeadsPerTask = 8;  // query heads that share one pass over keys and values
-constexpr int64_t kQueryBlock = 8;    // tokens that share it in a prompt: a key block stays in the caches
+constexpr int64_t kMaxHeadDim = 512;      // head_dim, key_dim and value_dim limits of the stack buffers below
+constexpr int64_t kKeyBlock = 256;        // keys of one online-softmax step, aligned to absolute positions
+constexpr int64_t kHeadsPerTask = 8;      // query heads that share one pass over keys and values
+constexpr int64_t kCachePositions = 16;   // positions of one block of the cache: the lanes of a vector
+constexpr int64_t kCacheScaleGroup = 64;  // values of an int8 cache that share a scale
 
+enum class CacheType { f32, f16, int8 };
+
+// Keys or values of one layer, [kv_heads, blocks of 16 positions, block].  A block of keys is [head_dim, 16],
+// so that a vector holds one value of 16 keys and scores need no sum over lanes; a block of values is [16,
+// padded head_dim].  An int8 block goes on with its float scales, [groups of 64, 16].
 struct CacheView {
-  void* data = nullptr;  // [kv_heads, context, head_dim]
-  bool f16 = true;
-  int64_t context = 0;
+  uint8_t* data = nullptr;
+  CacheType type = CacheType::f16;
+  int64_t blocks = 0;
   int64_t head_dim = 0;
+
+  static constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+  static constexpr int64_t groups(int64_t head_dim) {
+    return (head_dim + kCacheScaleGroup - 1) / kCacheScaleGroup;
+  }
+  int64_t element_nbytes() const { return type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1; }
+  int64_t codes_nbytes() const { return kCachePositions * padded(head_dim) * element_nbytes(); }
+  int64_t block_nbytes() const {
+    return codes_nbytes() + (type == CacheType::int8 ? 4 * kCachePositions * groups(head_dim) : 0);
+  }
+  int64_t context() const { return blocks * kCachePositions; }
+  // The block of a position.
+  uint8_t* block(int64_t kv_head, int64_t position) const {
+    return data + (kv_head * blocks + position / kCachePositions) * block_nbytes();
+  }
+};
+
+// out = silu(sum_j w[j, c] * u[t - taps + 1 + j, c]) for some tokens and channels.
+struct ConvTask {
+  const float* u = nullptr;      // [tokens of the call, channels]
+  const float* w = nullptr;      // [taps, channels]
+  const float* state = nullptr;  // [taps - 1, channels]: the rows before u
+  float* out = nullptr;          // like u
+  int64_t channels = 0, taps = 0;
+  int64_t first_token = 0, end_token = 0;
+  int64_t first_channel = 0, end_channel = 0;
 };
 
 struct DeltaStep {
@@ -42,26 +74,29 @@ struct DeltaStep {
   int64_t value_dim = 0;
 };
 
-struct AttentionTask {
-  // Of `tokens` neighbouring tokens; strides are floats from token to token.
-  const float* q = nullptr;  // [heads, head_dim]
-  int64_t q_stride = 0;
-  const float* gate = nullptr;  // heads are 2 * head_dim apart
-  int64_t gate_stride = 0;
-  CacheView keys, values;
-  int64_t kv_head = 0;
-  int64_t heads = 0;    // at most kHeadsPerTask
-  int64_t tokens = 1;   // at most kQueryBlock
-  int64_t visible = 0;  // the first token sees keys 0 .. visible - 1, each further one sees one more
-  float scale = 0.0f;
-  float* out = nullptr;  // [heads, head_dim]
-  int64_t out_stride = 0;
+// What attention over some of the keys has found: values weighted by exp(score - max), and the weights' sum.
+struct AttentionPart {
+  float* max = nullptr;  // [heads]
+  float* sum = nullptr;  // [heads]
+  float* acc = nullptr;  // heads are `stride` floats apart
+  int64_t stride = 0;
 };
 
-// The online softmax of one query row.
-struct AttentionRow {
-  float max;
-  float sum;
+struct Fetch {
+  const void* at = nullptr;
+  int64_t nbytes = 0;
+};
+
+struct AttentionTask {
+  const float* q = nullptr;  // [heads, head_dim] of one token
+  CacheView keys, values;
+  int64_t kv_head = 0;
+  int64_t heads = 0;  // at most kHeadsPerTask
+  int64_t first = 0;  // a multiple of kKeyBlock
+  int64_t count = 0;  // keys first .. first + count - 1, at most kKeyBlock
+  float scale = 0.0f;
+  Fetch with_scores;  // memory that is wanted next
+  Fetch with_values;  // and after that
 };
 
 struct FloatKernels {
@@ -71,19 +106,22 @@ struct FloatKernels {
   void (*add)(float* x, const float* delta, int64_t n);
   // out = o / sqrt(mean(o^2) + eps) * w * silu(z)
   void (*gated_rms_norm)(const float* o, const float* z, const float* w, int64_t n, float eps, float* out);
-  // Channels [begin, end): out = silu(sum_j w[j, c] * u[t - K + 1 + j, c]); state [K-1, C] holds the rows
-  // before u.
-  void (*causal_conv)(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
-                      int64_t taps, int64_t begin, int64_t end, float* out);
+  void (*causal_conv)(const ConvTask& task);
   // out = x * factor / sqrt(sum(x^2) + 1e-6)
   void (*l2_norm)(const float* x, int64_t n, float factor, float* out);
   float (*dot)(const float* a, const float* b, int64_t n);
   void (*delta_head)(const DeltaStep& step);
   // Rotates x [dim] in place: pairs (i, i + half) by the angles of cos, sin [half].
   void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
-  // cache[kv_head, position, :] = x [head_dim]
-  void (*store_cache)(const CacheView& cache, int64_t kv_head, int64_t position, const float* x);
-  void (*attention)(const AttentionTask& task);
+  // Writes x [head_dim] as the key, or the value, of one position.
+  void (*store_key)(const CacheView& cache, int64_t kv_head, int64_t position, const float* x);
+  void (*store_value)(const CacheView& cache, int64_t kv_head, int64_t position, const float* x);
+  // The part of one block of keys; part.stride is at least head_dim padded to 16.
+  void (*attend)(const AttentionTask& task, const AttentionPart& part);
+  // total += part.
+  void (*merge_parts)(const AttentionPart& total, const AttentionPart& part, int64_t heads, int64_t dim);
+  // acc / sum * sigmoid(gate) in place, 0 for gates below -80; gates of heads are 2 * dim apart.
+  void (*finish_attention)(const AttentionPart& total, const float* gate, int64_t heads, int64_t dim);
   // x[i] = exp(x[i] - largest) / sum; n <= 16 * 64
   void (*softmax)(float* x, int64_t n);
 };

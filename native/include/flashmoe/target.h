@@ -30,6 +30,7 @@
 
 // Small bodies must vanish into their loops: a call would spill sixteen vectors.
 #define FLASHMOE_INLINE static inline __attribute__((always_inline))
+#define FLASHMOE_INLINE_MEMBER inline __attribute__((always_inline))
 
 // Unrolling makes vectors of an array registers.  Under a sanitizer it would only make a file take minutes.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)

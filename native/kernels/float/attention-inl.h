@@ -1,222 +1,273 @@
-// Attention over the key/value cache with an online softmax (Milakov and Gimelshein, arXiv 1805.02867);
-// included once per instruction set.
+// Attention over one block of keys with the maximum of that block (Milakov and Gimelshein, arXiv 1805.02867),
+// and the sum of such parts; included once per instruction set.
 //
-// A task is some neighbouring tokens and the query heads that share one key head.  Keys are taken in blocks
-// of kKeyBlock at absolute positions; within a block four query rows meet four keys (or four vectors of
-// values) at a time: sixteen sums in registers, eight loads for sixteen fused multiply-adds.
+// The rows of a tile are the query heads of one token that read the same keys: all see the same number of
+// them, so no row computes what another needs.  Each element is one chain of fused multiply-adds, over the
+// head's values for a score and over the keys for a result, whatever the tile: one token and many give the
+// same bits.
 
-constexpr int kRowsTogether = 4;
-constexpr int kKeysTogether = 4;
-
-FLASHMOE_INLINE F32x16 load_cache(const CacheView& cache, int64_t at, int64_t n) {
-  if (!cache.f16) return load_n(static_cast<const float*>(cache.data) + at, n);
-  const uint16_t* p = static_cast<const uint16_t*>(cache.data) + at;
-  if (n >= 16) return load_f16(p);
-  uint16_t padded[16] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load_f16(padded);
+constexpr int kTileRows = kRegisters >= 32 ? 8 : kRegisters >= 8 ? 4 : 1;
+constexpr int tile_vectors(int rows) {
+  if (kRegisters >= 32) return rows <= 4 ? 4 : 3;
+  return kRegisters >= 8 && rows <= 2 ? 2 : 1;
 }
 
-void store_cache(const CacheView& cache, int64_t kv_head, int64_t position, const float* x) {
-  const int64_t at = (kv_head * cache.context + position) * cache.head_dim;
-  for (int64_t i = 0; i < cache.head_dim; i += 16) {
-    const int64_t n = cache.head_dim - i;
-    const F32x16 v = load_n(x + i, n);
-    if (!cache.f16) {
-      store_n(static_cast<float*>(cache.data) + at + i, v, n);
-      continue;
-    }
-    uint16_t half[16];
-    store_f16(half, v);
-    __builtin_memcpy(static_cast<uint16_t*>(cache.data) + at + i, half,
-                     static_cast<size_t>(2 * (n < 16 ? n : 16)));
-  }
+// Vectors of the next tile: a single one has too few chains to hide the latency of fma, so four go as two and
+// two.
+template <int R>
+FLASHMOE_INLINE int next_vectors(int64_t left) {
+  constexpr int kMost = tile_vectors(R);
+  if (left >= kMost && left != kMost + 1) return kMost;
+  return left >= 2 && kMost >= 2 ? 2 : 1;
 }
 
-// What the inner loops must know of a cache as constants: whole vectors need no mask.
-struct CacheKind {
-  bool f16;
-  bool whole;
-};
+// Odd multiples of 64 bytes: rows of 2 KiB would share their sets of the first-level cache.
+constexpr int64_t kQueryStride = kMaxHeadDim + 16;
+constexpr int64_t kScoreStride = kKeyBlock + 16;
 
-FLASHMOE_INLINE F32x16 load_kind(const CacheView& cache, CacheKind kind, int64_t at, int64_t n) {
-  if (!kind.whole) return load_cache(cache, at, n);
-  if (kind.f16) return load_f16(static_cast<const uint16_t*>(cache.data) + at);
-  return load(static_cast<const float*>(cache.data) + at);
-}
+// Memory fetched into the second-level cache a little at each step of the arithmetic, which hides its
+// latency.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;  // bytes for each vector of keys or values
 
-// One key block of a task.
-struct KeyRange {
-  int64_t at;     // element of its first key in the cache
-  int64_t count;  // keys that are visible
-};
-
-// score[r, j] = q_r . k_j * scale for n query rows, head_dim apart.  Rows beyond the count repeat the last
-// key.
-FLASHMOE_INLINE void score_rows(const AttentionTask& task, CacheKind kind, const KeyRange& range,
-                                const float* q, int n, float* score) {
-  const int64_t dim = task.keys.head_dim;
-  F32x16 parts[kRowsTogether * 16];
-  for (int i = 0; i < kRowsTogether * 16; ++i) parts[i] = zero();
-  for (int64_t j = 0; j < range.count; j += kKeysTogether) {
-    F32x16 sum[kRowsTogether * kKeysTogether];
-    int64_t key[kKeysTogether];
+  template <class E>
+  FLASHMOE_INLINE_MEMBER void advance(int vectors) {
     FLASHMOE_UNROLL(4)
-    for (int c = 0; c < kKeysTogether; ++c) {
-      key[c] = range.at + (j + c < range.count ? j + c : range.count - 1) * dim;
-    }
-    FLASHMOE_UNROLL(16)
-    for (int i = 0; i < n * kKeysTogether; ++i) sum[i] = zero();
-    for (int64_t i = 0; i < dim; i += 16) {
-      F32x16 k[kKeysTogether];
+    for (int i = 0; i < vectors * 16 * static_cast<int>(sizeof(E)); i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += step * vectors;
+  }
+};
+
+FLASHMOE_INLINE Ahead spread(const Fetch& fetch, int64_t vectors) {
+  return {static_cast<const uint8_t*>(fetch.at), (fetch.nbytes + vectors - 1) / vectors};
+}
+
+struct Block {
+  const CacheView* cache;
+  const uint8_t* data;  // of the first 16 positions
+  int64_t nbytes;       // of 16 positions
+  int64_t count;        // keys
+};
+
+// Scores of V x 16 keys with R queries.
+template <class E, int R, int V>
+FLASHMOE_INLINE void score_tile(const Block& keys, int64_t first, const float* q, float scale, Ahead& ahead,
+                                float* score) {
+  const int64_t dim = keys.cache->head_dim, width = sizeof(E) == 1 ? kCacheScaleGroup : dim;
+  const uint8_t* block = keys.data + first / 16 * keys.nbytes;
+  for (int64_t begin = 0; begin < dim; begin += width) {
+    const int64_t end = begin + width < dim ? begin + width : dim;
+    F32x16 sum[R * V];
+    FLASHMOE_UNROLL(24)
+    for (int i = 0; i < R * V; ++i) sum[i] = zero();
+    for (int64_t i = begin; i < end; ++i) {
+      F32x16 key[V];
       FLASHMOE_UNROLL(4)
-      for (int c = 0; c < kKeysTogether; ++c) k[c] = load_kind(task.keys, kind, key[c] + i, dim - i);
-      FLASHMOE_UNROLL(4)
-      for (int r = 0; r < n; ++r) {
-        const float* x = q + r * dim + i;
-        const F32x16 row = kind.whole ? load(x) : load_n(x, dim - i);
+      for (int v = 0; v < V; ++v) {
+        key[v] = load_elements(reinterpret_cast<const E*>(block + v * keys.nbytes) + 16 * i);
+      }
+      FLASHMOE_UNROLL(8)
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = set1(q[r * kQueryStride + i]);
         FLASHMOE_UNROLL(4)
-        for (int c = 0; c < kKeysTogether; ++c) {
-          sum[r * kKeysTogether + c] = fma(row, k[c], sum[r * kKeysTogether + c]);
-        }
+        for (int v = 0; v < V; ++v) sum[r * V + v] = fma(x, key[v], sum[r * V + v]);
+      }
+      ahead.template advance<E>(V);
+    }
+    FLASHMOE_UNROLL(4)
+    for (int v = 0; v < V; ++v) {
+      F32x16 factor = set1(scale);
+      if (sizeof(E) == 1) {
+        const float* scales = cache_scales(*keys.cache, block + v * keys.nbytes);
+        factor = mul(factor, load(scales + begin / width * 16));
+      }
+      FLASHMOE_UNROLL(8)
+      for (int r = 0; r < R; ++r) {
+        float* to = score + r * kScoreStride + first + 16 * v;
+        store(to, begin == 0 ? mul(sum[r * V + v], factor) : fma(sum[r * V + v], factor, load(to)));
       }
     }
-    const int64_t lane = j % 16;
-    FLASHMOE_UNROLL(4)
-    for (int r = 0; r < n; ++r) {
-      FLASHMOE_UNROLL(4)
-      for (int c = 0; c < kKeysTogether; ++c) parts[r * 16 + lane + c] = sum[r * kKeysTogether + c];
-    }
-    if (lane + kKeysTogether < 16 && j + kKeysTogether < range.count) continue;
-    for (int r = 0; r < n; ++r) {
-      store(score + r * kKeyBlock + j - lane, mul(reduce_add_each(parts + r * 16), set1(task.scale)));
-    }
   }
 }
 
-// Turns the scores of one row into weights exp(s - m) and updates its running maximum and sum.
-FLASHMOE_INLINE float block_weights(float* score, int64_t count, float* running_max, float* running_sum) {
-  for (int64_t j = count; j < kKeyBlock; ++j) score[j] = -1e30f;
+template <class E, int R>
+FLASHMOE_INLINE void all_scores(const Block& keys, const float* q, float scale, Ahead ahead, float* score) {
+  for (int64_t first = 0; first < keys.count;) {
+    const int vectors = next_vectors<R>((keys.count - first + 15) / 16);
+    switch (vectors) {
+      case 1:
+        score_tile<E, R, 1>(keys, first, q, scale, ahead, score);
+        break;
+      case 2:
+        score_tile<E, R, 2>(keys, first, q, scale, ahead, score);
+        break;
+      default:
+        score_tile<E, R, tile_vectors(R)>(keys, first, q, scale, ahead, score);
+    }
+    first += 16 * vectors;
+  }
+}
+
+// Turns the scores of one head into weights exp(score - max).
+FLASHMOE_INLINE void block_weights(float* score, int64_t count, float* block_max, float* block_sum) {
+  const int64_t end = (count + 15) / 16 * 16;
+  for (int64_t j = count; j < end; ++j) score[j] = -1e30f;
   F32x16 largest = load(score);
-  for (int64_t j = 16; j < kKeyBlock; j += 16) largest = max(largest, load(score + j));
-  const float block_max = reduce_max(largest);
-  const float m = *running_max > block_max ? *running_max : block_max;
-  float correction[16];
-  store(correction, exp(set1(*running_max - m)));
+  for (int64_t j = 16; j < end; j += 16) largest = max(largest, load(score + j));
+  const float m = reduce_max(largest);
   F32x16 total = zero();
-  for (int64_t j = 0; j < kKeyBlock; j += 16) {
+  for (int64_t j = 0; j < end; j += 16) {
     const F32x16 w = exp(sub(load(score + j), set1(m)));
     store(score + j, w);
     total = add(total, w);
   }
-  *running_sum = __builtin_fmaf(*running_sum, correction[0], reduce_add(total));
-  *running_max = m;
-  return correction[0];
+  *block_max = m;
+  *block_sum = reduce_add(total);
 }
 
-// acc[r] = acc[r] * correction[r] + sum_j weight[r, j] v_j, for n rows and `width` vectors from column i on.
-FLASHMOE_INLINE void add_columns(const AttentionTask& task, CacheKind kind, const KeyRange& range, int64_t i,
-                                 int width, const float* weight, const float* correction, int n, float* acc) {
-  const int64_t dim = task.values.head_dim;
-  F32x16 sum[kRowsTogether * 4] = {};
-  FLASHMOE_UNROLL(4)
-  for (int r = 0; r < n; ++r) {
-    FLASHMOE_UNROLL(4)
-    for (int c = 0; c < width; ++c) {
-      sum[r * width + c] = mul(load(acc + r * kMaxHeadDim + i + 16 * c), set1(correction[r]));
-    }
-  }
-  for (int64_t j = 0; j < range.count; ++j) {
-    F32x16 v[4];
-    FLASHMOE_UNROLL(4)
-    for (int c = 0; c < width; ++c) {
-      v[c] = load_kind(task.values, kind, range.at + j * dim + i + 16 * c, dim - i - 16 * c);
-    }
-    FLASHMOE_UNROLL(4)
-    for (int r = 0; r < n; ++r) {
-      const F32x16 w = set1(weight[r * kKeyBlock + j]);
+// V x 16 columns of the weighted sum of the values.
+template <class E, int R, int V>
+FLASHMOE_INLINE void value_tile(const Block& values, int64_t column, const float* weight, Ahead& ahead,
+                                const AttentionPart& part) {
+  const int64_t row_step = CacheView::padded(values.cache->head_dim);
+  F32x16 sum[R * V];
+  FLASHMOE_UNROLL(24)
+  for (int i = 0; i < R * V; ++i) sum[i] = zero();
+  const uint8_t* block = values.data;
+  for (int64_t first = 0; first < values.count; first += 16, block += values.nbytes) {
+    const E* row = reinterpret_cast<const E*>(block) + column;
+    const int64_t end = first + 16 < values.count ? first + 16 : values.count;
+    for (int64_t j = first; j < end; ++j, row += row_step) {
+      F32x16 value[V];
       FLASHMOE_UNROLL(4)
-      for (int c = 0; c < width; ++c) sum[r * width + c] = fma(w, v[c], sum[r * width + c]);
-    }
-  }
-  FLASHMOE_UNROLL(4)
-  for (int r = 0; r < n; ++r) {
-    FLASHMOE_UNROLL(4)
-    for (int c = 0; c < width; ++c) store(acc + r * kMaxHeadDim + i + 16 * c, sum[r * width + c]);
-  }
-}
-
-// One key block for n rows of one token.
-FLASHMOE_INLINE void attend_rows(const AttentionTask& task, CacheKind kind, const KeyRange& range,
-                                 const float* q, AttentionRow* state, float* acc, int n) {
-  alignas(64) float score[kRowsTogether * kKeyBlock];
-  float correction[kRowsTogether];
-  score_rows(task, kind, range, q, n, score);
-  for (int r = 0; r < n; ++r) {
-    correction[r] = block_weights(score + r * kKeyBlock, range.count, &state[r].max, &state[r].sum);
-  }
-  const int64_t dim = task.values.head_dim;
-  int64_t i = 0;
-  for (; i + 64 <= dim; i += 64) add_columns(task, kind, range, i, 4, score, correction, n, acc);
-  for (; i < dim; i += 16) add_columns(task, kind, range, i, 1, score, correction, n, acc);
-}
-
-__attribute__((noinline)) void attend_block(const AttentionTask& task, const KeyRange& range, const float* q,
-                                            int n, AttentionRow* state, float* acc) {
-  const bool whole = task.keys.head_dim % 16 == 0;
-#if !defined(FLASHMOE_SANITIZED)
-#define FLASHMOE_ATTEND(rows)                                                                       \
-  if (kSpecialised && whole && n == rows) {                                                         \
-    if (task.keys.f16) return attend_rows(task, CacheKind{true, true}, range, q, state, acc, rows); \
-    return attend_rows(task, CacheKind{false, true}, range, q, state, acc, rows);                   \
-  }
-  FLASHMOE_ATTEND(1)
-  FLASHMOE_ATTEND(2)
-  FLASHMOE_ATTEND(3)
-  FLASHMOE_ATTEND(4)
-#undef FLASHMOE_ATTEND
-#endif
-  attend_rows(task, CacheKind{task.keys.f16, whole}, range, q, state, acc, n);
-}
-
-FLASHMOE_INLINE void write_attention(const AttentionTask& task, int64_t t, const AttentionRow* state,
-                                     const float* acc) {
-  const int64_t dim = task.values.head_dim;
-  for (int64_t h = 0; h < task.heads; ++h) {
-    const F32x16 sum = set1(state[h].sum);
-    const float* gate = task.gate + t * task.gate_stride + 2 * h * dim;
-    float* out = task.out + t * task.out_stride + h * dim;
-    for (int64_t i = 0; i < dim; i += 16) {
-      const F32x16 open = sigmoid(load_n(gate + i, dim - i));
-      store_n(out + i, mul(div(load(acc + h * kMaxHeadDim + i), sum), open), dim - i);
-    }
-  }
-}
-
-void attention(const AttentionTask& task) {
-  alignas(64) float acc[kQueryBlock * kHeadsPerTask * kMaxHeadDim];
-  AttentionRow state[kQueryBlock * kHeadsPerTask];
-  const int64_t dim = task.keys.head_dim, padded = (dim + 15) / 16 * 16;
-  for (int64_t row = 0; row < task.tokens * kHeadsPerTask; ++row) {
-    state[row] = {-1e30f, 0.0f};
-    for (int64_t i = 0; i < padded; i += 16) store(acc + row * kMaxHeadDim + i, zero());
-  }
-  const int64_t end = task.visible + task.tokens - 1;
-  for (int64_t first = 0; first < end; first += kKeyBlock) {
-    for (int64_t t = 0; t < task.tokens; ++t) {
-      const int64_t left = task.visible + t - first;
-      if (left <= 0) continue;
-      const KeyRange range{(task.kv_head * task.keys.context + first) * dim,
-                           left < kKeyBlock ? left : kKeyBlock};
-      for (int64_t h = 0; h < task.heads; h += kRowsTogether) {
-        const int64_t row = t * kHeadsPerTask + h, rest = task.heads - h;
-        attend_block(task, range, task.q + t * task.q_stride + h * dim,
-                     static_cast<int>(rest < kRowsTogether ? rest : kRowsTogether), state + row,
-                     acc + row * kMaxHeadDim);
+      for (int v = 0; v < V; ++v) value[v] = load_elements(row + 16 * v);
+      FLASHMOE_UNROLL(8)
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = set1(weight[r * kScoreStride + j]);
+        FLASHMOE_UNROLL(4)
+        for (int v = 0; v < V; ++v) sum[r * V + v] = fma(x, value[v], sum[r * V + v]);
       }
+      ahead.template advance<E>(V);
     }
   }
-  for (int64_t t = 0; t < task.tokens; ++t) {
-    write_attention(task, t, state + t * kHeadsPerTask, acc + t * kHeadsPerTask * kMaxHeadDim);
+  FLASHMOE_UNROLL(8)
+  for (int r = 0; r < R; ++r) {
+    FLASHMOE_UNROLL(4)
+    for (int v = 0; v < V; ++v) store(part.acc + r * part.stride + column + 16 * v, sum[r * V + v]);
+  }
+}
+
+// Weights times the scales of one group of an int8 cache.
+FLASHMOE_INLINE void scale_weights(const Block& values, int64_t group, int rows, const float* weight,
+                                   float* scaled) {
+  for (int64_t j = 0; j < values.count; j += 16) {
+    const float* scales = cache_scales(*values.cache, values.data + j / 16 * values.nbytes);
+    const F32x16 factor = load(scales + 16 * group);
+    for (int r = 0; r < rows; ++r) {
+      store(scaled + r * kScoreStride + j, mul(load(weight + r * kScoreStride + j), factor));
+    }
+  }
+}
+
+template <class E, int R>
+FLASHMOE_INLINE void all_values(const Block& values, const float* weight, Ahead ahead,
+                                const AttentionPart& part) {
+  alignas(64) float scaled[sizeof(E) == 1 ? R * kScoreStride : 16];
+  const int64_t columns = CacheView::padded(values.cache->head_dim);
+  const int64_t width = sizeof(E) == 1 ? kCacheScaleGroup : columns;
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    if (sizeof(E) == 1) scale_weights(values, begin / width, R, weight, scaled);
+    const float* factors = sizeof(E) == 1 ? scaled : weight;
+    const int64_t end = begin + width < columns ? begin + width : columns;
+    for (int64_t column = begin; column < end;) {
+      const int vectors = next_vectors<R>((end - column) / 16);
+      switch (vectors) {
+        case 1:
+          value_tile<E, R, 1>(values, column, factors, ahead, part);
+          break;
+        case 2:
+          value_tile<E, R, 2>(values, column, factors, ahead, part);
+          break;
+        default:
+          value_tile<E, R, tile_vectors(R)>(values, column, factors, ahead, part);
+      }
+      column += 16 * vectors;
+    }
+  }
+}
+
+template <class E, int R>
+void attend_rows(const AttentionTask& task, const float* queries, const AttentionPart& part) {
+  alignas(64) float q[R * kQueryStride];
+  alignas(64) float score[R * kScoreStride];
+  const int64_t dim = task.keys.head_dim;
+  for (int r = 0; r < R; ++r)
+    __builtin_memcpy(q + r * kQueryStride, queries + r * dim, 4 * static_cast<size_t>(dim));
+  const Block keys{&task.keys, task.keys.block(task.kv_head, task.first), task.keys.block_nbytes(),
+                   task.count};
+  const Block values{&task.values, task.values.block(task.kv_head, task.first), task.values.block_nbytes(),
+                     task.count};
+  all_scores<E, R>(keys, q, task.scale, spread(task.with_scores, (task.count + 15) / 16 * dim), score);
+  for (int r = 0; r < R; ++r) block_weights(score + r * kScoreStride, task.count, part.max + r, part.sum + r);
+  all_values<E, R>(values, score, spread(task.with_values, task.count * CacheView::padded(dim) / 16), part);
+}
+
+// Calls attend_rows for a number of rows that is known at run time only.
+template <class E, int R>
+FLASHMOE_INLINE void attend_rows_of(int64_t rows, const AttentionTask& task, const float* q,
+                                    const AttentionPart& part) {
+  if (rows == R) return attend_rows<E, R>(task, q, part);
+  if constexpr (R > 1) attend_rows_of<E, R - 1>(rows, task, q, part);
+}
+
+template <class E>
+void attend_heads(const AttentionTask& task, const AttentionPart& part) {
+  // As even as possible: four and four are faster than seven and one.
+  const int64_t tiles = (task.heads + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+    const int64_t rows = (task.heads - row + tiles - tile - 1) / (tiles - tile);
+    const AttentionPart own{part.max + row, part.sum + row, part.acc + row * part.stride, part.stride};
+    attend_rows_of<E, kTileRows>(rows, task, task.q + row * task.keys.head_dim, own);
+    row += rows;
+  }
+}
+
+void attend(const AttentionTask& task, const AttentionPart& part) {
+  switch (task.keys.type) {
+    case CacheType::f32:
+      return attend_heads<float>(task, part);
+    case CacheType::f16:
+      return attend_heads<uint16_t>(task, part);
+    case CacheType::int8:
+      return attend_heads<int8_t>(task, part);
+  }
+}
+
+void merge_parts(const AttentionPart& total, const AttentionPart& part, int64_t heads, int64_t dim) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const float m = total.max[h] > part.max[h] ? total.max[h] : part.max[h];
+    const F32x16 before = exp(set1(total.max[h] - m)), now = exp(set1(part.max[h] - m));
+    float* acc = total.acc + h * total.stride;
+    const float* added = part.acc + h * part.stride;
+    for (int64_t i = 0; i < dim; i += 16) {
+      const F32x16 kept = mul(load_n(acc + i, dim - i), before);
+      store_n(acc + i, fma(load_n(added + i, dim - i), now, kept), dim - i);
+    }
+    const F32x16 sum = fma(set1(part.sum[h]), now, mul(set1(total.sum[h]), before));
+    store_n(total.sum + h, sum, 1);
+    total.max[h] = m;
+  }
+}
+
+void finish_attention(const AttentionPart& total, const float* gate, int64_t heads, int64_t dim) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const F32x16 sum = set1(total.sum[h]);
+    float* acc = total.acc + h * total.stride;
+    for (int64_t i = 0; i < dim; i += 16) {
+      // One division for the mean and the gate's 1 / (1 + e^-gate).
+      const F32x16 shut = add(set1(1.0f), exp(sub(zero(), load_n(gate + 2 * h * dim + i, dim - i))));
+      store_n(acc + i, div(load_n(acc + i, dim - i), mul(sum, shut)), dim - i);
+    }
   }
 }

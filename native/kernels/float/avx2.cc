@@ -6,8 +6,7 @@
 FLASHMOE_TARGET_BEGIN_AVX2
 namespace flashmoe::avx2 {
 
-// One copy of the attention for each small number of rows.
-#define FLASHMOE_SPECIALISED true
+#define FLASHMOE_REGISTERS 8
 #include "kernels/float/table-inl.h"
 
 }  // namespace flashmoe::avx2

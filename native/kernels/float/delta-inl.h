@@ -1,135 +1,109 @@
-// Causal convolution and the gated delta rule; included once per instruction set.
+// The gated delta rule; included once per instruction set.
+//
+// Per token and value of the state: two multiply-adds that read it (with this token's key and query), one
+// product that lets it fade and one multiply-add that writes.  The reads of the next token are fused with the
+// write, so that many tokens pass over their columns once each.  A sum over keys is one chain: any number of
+// columns may be worked on together without a change of bits.
 
-void causal_conv(const float* u, const float* w, float* state, int64_t tokens, int64_t channels, int64_t taps,
-                 int64_t begin, int64_t end, float* out) {
-  const int64_t past = taps - 1;
-  // Token by token: channels are neighbours, while tokens lie 32 KiB apart, in the same sets of the caches.
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t c = begin; c < end; c += 16) {
-      const int64_t n = end - c;
-      F32x16 acc = zero();
-      for (int64_t j = 0; j < taps; ++j) {
-        const int64_t row = t + j - past;
-        const float* x = row < 0 ? state + (row + past) * channels : u + row * channels;
-        acc = fma(load_n(w + j * channels + c, n), load_n(x + c, n), acc);
-      }
-      store_n(out + t * channels + c, silu(acc), n);
-    }
-  }
-  for (int64_t c = begin; c < end; c += 16) {
-    const int64_t n = end - c;
-    // Row i of the new state is row tokens + i of (state, u): it lies ahead, so ascending order is safe in
-    // place.
-    for (int64_t i = 0; i < past; ++i) {
-      const int64_t row = tokens + i - past;
-      const float* x = row < 0 ? state + (row + past) * channels : u + row * channels;
-      store_n(state + i * channels + c, load_n(x + c, n), n);
-    }
-  }
-}
+constexpr int kBlockVectors =
+    kRegisters >= 32 ? 2 : 1;                          // x 16 columns x 128 keys: half of a first-level cache
+constexpr int kRowVectors = kRegisters >= 32 ? 8 : 2;  // one token: rows of the state as they lie in memory
 
-// Sums over keys run in four chains (k modulo 4), added pairwise: the same in the first read of the state and
-// in the reads that are fused with the previous token's update.
-constexpr int kChains = 4;
-constexpr int kColumnVectors = 2;  // 32 value columns share the broadcasts of a key row
-
+template <int V>
 struct KeySums {
-  F32x16 with_k[kChains * kColumnVectors], with_q[kChains * kColumnVectors];
+  F32x16 with_k[V], with_q[V];
 };
 
-FLASHMOE_INLINE F32x16 pairwise(const F32x16* sum) { return add(add(sum[0], sum[1]), add(sum[2], sum[3])); }
-
-FLASHMOE_INLINE void clear(KeySums& sums, int width) {
+template <int V>
+FLASHMOE_INLINE void clear(KeySums<V>& sums) {
   FLASHMOE_UNROLL(8)
-  for (int c = 0; c < kChains * width; ++c) sums.with_k[c] = sums.with_q[c] = zero();
+  for (int v = 0; v < V; ++v) sums.with_k[v] = sums.with_q[v] = zero();
 }
 
-// Four rows of the state's block, `update` applied on the way: s = decay * s + k * change.
-struct Update {
-  F32x16 decay;
-  F32x16 change[kColumnVectors];
-  const float* k;
-};
-
-FLASHMOE_INLINE void update_rows(float* block, const Update& update, int width, const float* next_k,
-                                 const float* next_q, KeySums& sums) {
-  FLASHMOE_UNROLL(4)
-  for (int c = 0; c < kChains; ++c) {
-    const F32x16 k = set1(update.k[c]), read_k = set1(next_k[c]), read_q = set1(next_q[c]);
-    FLASHMOE_UNROLL(2)
-    for (int w = 0; w < width; ++w) {
-      float* at = block + 16 * (c * width + w);
-      const F32x16 s = fma(k, update.change[w], mul(update.decay, load(at)));
-      store(at, s);
-      sums.with_k[w * kChains + c] = fma(s, read_k, sums.with_k[w * kChains + c]);
-      sums.with_q[w * kChains + c] = fma(s, read_q, sums.with_q[w * kChains + c]);
+// state: [key_dim, stride], of which V x 16 columns are worked on; n: those that count of the last 16.
+template <int V>
+FLASHMOE_INLINE void delta_tokens(const DeltaStep& p, int64_t column, int64_t n, float* state,
+                                  int64_t stride) {
+  KeySums<V> sums;
+  clear(sums);
+  for (int64_t i = 0; i < p.key_dim; ++i) {
+    const F32x16 k = set1(p.k[i]), q = set1(p.q[i]);
+    FLASHMOE_UNROLL(8)
+    for (int v = 0; v < V; ++v) {
+      const F32x16 s = load(state + i * stride + 16 * v);
+      sums.with_k[v] = fma(s, k, sums.with_k[v]);
+      sums.with_q[v] = fma(s, q, sums.with_q[v]);
     }
   }
-}
-
-// The state's columns come into the block, [key_dim, 16 * width], and meet the first token.
-FLASHMOE_INLINE void load_columns(const DeltaStep& p, int64_t column, int width, float* block,
-                                  KeySums& sums) {
-  clear(sums, width);
-  for (int64_t i = 0; i < p.key_dim; i += kChains) {
-    FLASHMOE_UNROLL(4)
-    for (int c = 0; c < kChains; ++c) {
-      const float* row = p.state + (i + c) * p.value_dim + column;
-      // A row is 512 bytes further on: too far for what prefetches by itself.
-      __builtin_prefetch(row + 8 * p.value_dim);
-      const F32x16 k = set1(p.k[i + c]), q = set1(p.q[i + c]);
-      FLASHMOE_UNROLL(2)
-      for (int w = 0; w < width; ++w) {
-        const F32x16 s = load_n(row + 16 * w, p.value_dim - column - 16 * w);
-        store(block + 16 * ((i + c) * width + w), s);
-        sums.with_k[w * kChains + c] = fma(s, k, sums.with_k[w * kChains + c]);
-        sums.with_q[w * kChains + c] = fma(s, q, sums.with_q[w * kChains + c]);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    const F32x16 decay = set1(p.decay[t * p.gate_stride]), beta = set1(p.beta[t * p.gate_stride]);
+    const F32x16 kq = set1(p.kq[t * p.kq_stride]);
+    F32x16 change[V];
+    FLASHMOE_UNROLL(8)
+    for (int v = 0; v < V; ++v) {
+      const int64_t lanes = v + 1 < V ? 16 : n;
+      const F32x16 value = load_n(p.v + t * p.v_stride + column + 16 * v, lanes);
+      change[v] = mul(beta, sub(value, mul(decay, sums.with_k[v])));
+      const F32x16 out = fma(kq, change[v], mul(decay, sums.with_q[v]));
+      store_n(p.out + t * p.out_stride + column + 16 * v, out, lanes);
+    }
+    const float* k = p.k + t * p.qk_stride;
+    if (t + 1 < p.tokens) {
+      const float* next_k = k + p.qk_stride;
+      const float* next_q = p.q + (t + 1) * p.qk_stride;
+      clear(sums);
+      for (int64_t i = 0; i < p.key_dim; ++i) {
+        const F32x16 key = set1(k[i]), after = set1(next_k[i]), asked = set1(next_q[i]);
+        FLASHMOE_UNROLL(8)
+        for (int v = 0; v < V; ++v) {
+          float* at = state + i * stride + 16 * v;
+          const F32x16 s = fma(key, change[v], mul(decay, load(at)));
+          store(at, s);
+          sums.with_k[v] = fma(s, after, sums.with_k[v]);
+          sums.with_q[v] = fma(s, asked, sums.with_q[v]);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < p.key_dim; ++i) {
+        const F32x16 key = set1(k[i]);
+        FLASHMOE_UNROLL(8)
+        for (int v = 0; v < V; ++v) {
+          float* at = state + i * stride + 16 * v;
+          store(at, fma(key, change[v], mul(decay, load(at))));
+        }
       }
     }
   }
 }
 
-// 16 * width value columns of one head through all tokens; the block stays in the first-level cache.
-FLASHMOE_INLINE void delta_columns(const DeltaStep& p, int64_t column, int width, float* block) {
-  KeySums sums;
-  load_columns(p, column, width, block, sums);
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    Update update;
-    update.decay = set1(p.decay[t * p.gate_stride]);
-    update.k = p.k + t * p.qk_stride;
-    const F32x16 beta = set1(p.beta[t * p.gate_stride]), kq = set1(p.kq[t * p.kq_stride]);
-    FLASHMOE_UNROLL(2)
-    for (int w = 0; w < width; ++w) {
-      const int64_t at = column + 16 * w, n = p.value_dim - at;
-      const F32x16 read = mul(update.decay, pairwise(sums.with_k + w * kChains));
-      update.change[w] = mul(beta, sub(load_n(p.v + t * p.v_stride + at, n), read));
-      const F32x16 old = mul(update.decay, pairwise(sums.with_q + w * kChains));
-      store_n(p.out + t * p.out_stride + at, fma(kq, update.change[w], old), n);
-    }
-    const bool more = t + 1 < p.tokens;
-    const float* next_k = more ? update.k + p.qk_stride : update.k;
-    const float* next_q = more ? p.q + (t + 1) * p.qk_stride : update.k;
-    clear(sums, width);
-    for (int64_t i = 0; i < p.key_dim; i += kChains) {
-      update_rows(block + 16 * i * width, update, width, next_k + i, next_q + i, sums);
-      update.k += kChains;
-    }
-  }
+// Through a copy of the columns that stays in the first-level cache.
+template <int V>
+FLASHMOE_INLINE void delta_block(const DeltaStep& p, int64_t column, int64_t n, float* block) {
+  const auto lanes = [n](int v) { return v + 1 < V ? 16 : n; };
   for (int64_t i = 0; i < p.key_dim; ++i) {
-    for (int w = 0; w < width; ++w) {
-      const int64_t at = column + 16 * w;
-      store_n(p.state + i * p.value_dim + at, load(block + 16 * (i * width + w)), p.value_dim - at);
-    }
+    const float* row = p.state + i * p.value_dim + column;
+    for (int v = 0; v < V; ++v) store(block + (i * V + v) * 16, load_n(row + 16 * v, lanes(v)));
+  }
+  delta_tokens<V>(p, column, n, block, 16 * V);
+  for (int64_t i = 0; i < p.key_dim; ++i) {
+    float* row = p.state + i * p.value_dim + column;
+    for (int v = 0; v < V; ++v) store_n(row + 16 * v, load(block + (i * V + v) * 16), lanes(v));
   }
 }
 
-void delta_head(const DeltaStep& step) {
-  alignas(64) float block[16 * kColumnVectors * kMaxHeadDim];
+void delta_head(const DeltaStep& p) {
+  alignas(64) float block[16 * kBlockVectors * kMaxHeadDim];
   int64_t column = 0;
-  if (kSpecialised) {
-    for (; column + 16 * kColumnVectors <= step.value_dim; column += 16 * kColumnVectors) {
-      delta_columns(step, column, kColumnVectors, block);
+  if (p.tokens == 1) {
+    for (; column + 16 * kRowVectors <= p.value_dim; column += 16 * kRowVectors) {
+      delta_tokens<kRowVectors>(p, column, 16, p.state + column, p.value_dim);
     }
   }
-  for (; column < step.value_dim; column += 16) delta_columns(step, column, 1, block);
+  for (; column + 16 * kBlockVectors <= p.value_dim; column += 16 * kBlockVectors) {
+    delta_block<kBlockVectors>(p, column, 16, block);
+  }
+  for (; column < p.value_dim; column += 16) {
+    const int64_t left = p.value_dim - column;
+    delta_block<1>(p, column, left < 16 ? left : 16, block);
+  }
 }

@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "flashmoe/work_split.h"
 
 namespace flashmoe {
 namespace {
@@ -62,12 +65,18 @@ void FloatOps::gated_rms_norm(const float* o, const float* z, const float* w, in
 
 void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
                              int64_t taps, float* out) {
-  constexpr int64_t kChannels = 1024;
-  pool_.parallel_for((channels + kChannels - 1) / kChannels, [&](int64_t task) {
-    const int64_t begin = task * kChannels;
-    kernels_.causal_conv(u, w, state, tokens, channels, taps, begin, std::min(begin + kChannels, channels),
-                         out);
+  constexpr int64_t kTokens = 16, kChannels = 2048;
+  const int64_t columns = tasks_of(channels, kChannels);
+  pool_.parallel_for(tasks_of(tokens, kTokens) * columns, [&](int64_t task) {
+    const int64_t token = task / columns * kTokens, channel = task % columns * kChannels;
+    kernels_.causal_conv({u, w, state, out, channels, taps, token, std::min(token + kTokens, tokens), channel,
+                          std::min(channel + kChannels, channels)});
   });
+  // The new state is the last rows of (state, u).  Few tokens leave rows of the old one, which move up.
+  const int64_t past = taps - 1, kept = std::max<int64_t>(past - tokens, 0);
+  std::memmove(state, state + (past - kept) * channels, static_cast<size_t>(kept * channels) * sizeof(float));
+  std::memcpy(state + kept * channels, u + (tokens - past + kept) * channels,
+              static_cast<size_t>((past - kept) * channels) * sizeof(float));
 }
 
 void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
@@ -116,59 +125,6 @@ void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, con
     step.key_dim = shape.key_dim;
     step.value_dim = shape.value_dim;
     kernels_.delta_head(step);
-  });
-}
-
-void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k,
-                                 const float* v, const float* q_norm, const float* k_norm, float eps,
-                                 const float* cos, const float* sin, int64_t position, float* q_out,
-                                 const CacheView& keys, const CacheView& values) {
-  const int64_t dim = shape.head_dim, half = shape.rotated / 2;
-  pool_.parallel_for(shape.tokens, [&](int64_t t) {
-    const float* c = cos + (position + t) * half;
-    const float* s = sin + (position + t) * half;
-    for (int64_t h = 0; h < shape.heads; ++h) {
-      float* q = q_out + (t * shape.heads + h) * dim;
-      kernels_.rms_norm(q_gate + (t * shape.heads + h) * 2 * dim, q_norm, dim, eps, q);
-      kernels_.rope(q, c, s, half);
-    }
-    float key[kMaxHeadDim];
-    for (int64_t h = 0; h < shape.kv_heads; ++h) {
-      const int64_t at = (t * shape.kv_heads + h) * dim;
-      kernels_.rms_norm(k + at, k_norm, dim, eps, key);
-      kernels_.rope(key, c, s, half);
-      kernels_.store_cache(keys, h, position + t, key);
-      kernels_.store_cache(values, h, position + t, v + at);
-    }
-  });
-}
-
-void FloatOps::attention(const AttentionShape& shape, const float* q, const CacheView& keys,
-                         const CacheView& values, int64_t position, const float* q_gate, float* out) {
-  const int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const int64_t parts = (group + kHeadsPerTask - 1) / kHeadsPerTask;
-  const int64_t blocks = (shape.tokens + kQueryBlock - 1) / kQueryBlock;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  pool_.parallel_for(blocks * shape.kv_heads * parts, [&](int64_t index) {
-    // Later tokens see more keys: longest first.
-    const int64_t t = (blocks - 1 - index / (shape.kv_heads * parts)) * kQueryBlock;
-    const int64_t kv_head = index / parts % shape.kv_heads, part = index % parts;
-    const int64_t head = kv_head * group + part * kHeadsPerTask;
-    AttentionTask task;
-    task.q = q + (t * shape.heads + head) * dim;
-    task.q_stride = shape.heads * dim;
-    task.gate = q_gate + (t * shape.heads + head) * 2 * dim + dim;
-    task.gate_stride = 2 * shape.heads * dim;
-    task.keys = keys;
-    task.values = values;
-    task.kv_head = kv_head;
-    task.heads = std::min(kHeadsPerTask, group - part * kHeadsPerTask);
-    task.tokens = std::min(kQueryBlock, shape.tokens - t);
-    task.visible = position + t + 1;
-    task.scale = scale;
-    task.out = out + (t * shape.heads + head) * dim;
-    task.out_stride = shape.heads * dim;
-    kernels_.attention(task);
   });
 }
 

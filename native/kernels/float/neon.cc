@@ -5,8 +5,7 @@
 
 namespace flashmoe::neon {
 
-// One copy of the attention for each small number of rows.
-#define FLASHMOE_SPECIALISED true
+#define FLASHMOE_REGISTERS 8  // a vector of 16 lanes takes four of 32
 #include "kernels/float/table-inl.h"
 
 }  // namespace flashmoe::neon

@@ -3,8 +3,7 @@
 
 namespace flashmoe::scalar {
 
-// One copy of the attention for each small number of rows.
-#define FLASHMOE_SPECIALISED false
+#define FLASHMOE_REGISTERS 1
 #include "kernels/float/table-inl.h"
 
 }  // namespace flashmoe::scalar

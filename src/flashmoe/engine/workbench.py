@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe.bundle.codecs import FfnLayout
 from flashmoe.engine.bound import measure_memory
 from flashmoe.engine.engine import Engine
 from flashmoe.errors import ConfigError
+from flashmoe.kernels.kv_cache import POSITIONS, cache_scales
 from flashmoe.nn.attention import KeyValueCache
 
 OPERATIONS = [
@@ -31,7 +33,7 @@ OPERATIONS = [
     "attention",
     "route",
 ]
-_FILL = 4096  # positions filled with random values at a time
+_FILL = 256  # blocks of positions filled with random values at a time
 
 
 class Workbench:
@@ -86,8 +88,7 @@ class Workbench:
         total = self._parts.token_nbytes
         for layer in self._parts.state.layers:
             if isinstance(layer, KeyValueCache):
-                heads, _, dim = layer.keys.shape
-                total += 2 * heads * context * dim * layer.keys.itemsize
+                total += layer.position_nbytes * context
         return total
 
     def multiply_adds(self) -> tuple[int, int]:
@@ -134,8 +135,18 @@ def _timed(call: Callable[..., Any], name: str, seconds: dict[str, float]) -> Ca
 
 
 def _fill(layer: KeyValueCache, tokens: int, rng: np.random.Generator) -> None:
-    heads, _, dim = layer.keys.shape
-    for begin in range(0, tokens, _FILL):
-        count = min(_FILL, tokens - begin)
+    """Standard normal keys and values; int8: codes of their spread with all scales equal."""
+    heads, _, block = layer.keys.shape
+    for begin in range(0, -(-tokens // POSITIONS), _FILL):
         for cache in (layer.keys, layer.values):
-            cache[:, begin : begin + count] = rng.standard_normal((heads, count, dim), np.float32)
+            blocks = cache[:, begin : min(begin + _FILL, -(-tokens // POSITIONS))]
+            if cache.dtype == np.int8:
+                _fill_codes(blocks, rng)
+            else:
+                blocks[...] = rng.standard_normal((heads, blocks.shape[1], block), np.float32)
+
+
+def _fill_codes(blocks: NDArray[np.int8], rng: np.random.Generator) -> None:
+    scales = cache_scales(blocks)
+    blocks[...] = rng.integers(-127, 128, blocks.shape, np.int8)
+    scales[...] = np.float32(1 / 64)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec
 from flashmoe.errors import ConfigError
-from flashmoe.kernels.ops import F32, I32, Cache
+from flashmoe.kernels.kv_cache import Cache, load_keys, load_values, store_keys, store_values
+from flashmoe.kernels.ops import F32, I32
 from flashmoe.kernels.reference_delta import delta_inputs, recurrent
 from flashmoe.kernels.reference_quant import (
     F64,
@@ -177,20 +178,21 @@ class ReferenceOps:
         q_out[...] = _rotated(_normalised(queries, eps) * q_norm, *angles)
         rotated = _rotated(_normalised(k.reshape(tokens, -1, dim), eps) * k_norm, *angles)
         # Through float32, as any backend computes it: float16 then rounds the same number.
-        keys[:, new] = rotated.astype(np.float32).transpose(1, 0, 2)
-        values[:, new] = v.reshape(tokens, -1, dim).transpose(1, 0, 2)
+        store_keys(keys, position, rotated.astype(np.float32))
+        store_values(values, position, v.reshape(tokens, -1, dim))
 
     def attention(self, q: F32, keys: Cache, values: Cache, position: int, q_gate: F32, out: F32) -> None:
         """See Ops."""
         tokens, heads, dim = q.shape
         gate = sigmoid(q_gate.reshape(tokens, heads, 2, dim)[:, :, 1].astype(np.float64))
         result = out.reshape(tokens, heads, dim)
+        all_keys, all_values = load_keys(keys, dim), load_values(values, dim)
         for t in range(tokens):
             for h in range(heads):
                 kv_head = h // (heads // len(keys))
                 visible = slice(0, position + t + 1)
-                scores = keys[kv_head, visible].astype(np.float64) @ q[t, h] / np.sqrt(dim)
-                result[t, h] = _softmax(scores) @ values[kv_head, visible].astype(np.float64) * gate[t, h]
+                scores = all_keys[kv_head, visible] @ q[t, h] / np.sqrt(dim)
+                result[t, h] = _softmax(scores) @ all_values[kv_head, visible] * gate[t, h]
 
     def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
         """See Ops."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from flashmoe.kernels.kv_cache import POSITIONS, cache_shape
 from flashmoe.nn.weights import F32, Weights
 from flashmoe.nn.workspace import Workspace
 
@@ -44,18 +46,24 @@ class RotaryTable:
 
 
 class KeyValueCache:
-    """Keys (after norm and rotation) and values of one layer, [kv_heads, context, head_dim]."""
+    """Keys (after norm and rotation) and values of one layer, as kernels/kv_cache.py lays them out."""
 
     def __init__(self, shape: AttentionShape, context: int, dtype: DTypeLike) -> None:
-        size = (shape.kv_heads, context, shape.head_dim)
+        size = cache_shape(shape.kv_heads, context, shape.head_dim, dtype)
         # Zero pages cost nothing until they are written: memory grows with the conversation.
         self.keys: NDArray[Any] = np.zeros(size, dtype)
         self.values: NDArray[Any] = np.zeros(size, dtype)
 
+    @property
+    def position_nbytes(self) -> int:
+        """Bytes of one position's keys and values."""
+        return (self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1])
+
     @staticmethod
     def nbytes_of(shape: AttentionShape, context: int, dtype: DTypeLike) -> int:
         """Bytes of one layer's cache when the context is full."""
-        return 2 * shape.kv_heads * context * shape.head_dim * np.dtype(dtype).itemsize
+        size = prod(cache_shape(shape.kv_heads, context, shape.head_dim, dtype))
+        return 2 * size * np.dtype(dtype).itemsize
 
     def clear(self) -> None:
         """Nothing to do: positions beyond the sequence are never read."""

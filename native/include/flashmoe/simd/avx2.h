@@ -91,6 +91,11 @@ FLASHMOE_INLINE F32x16 load_bf16(const uint16_t* p) { return {bf16_half(p), bf16
 FLASHMOE_INLINE F32x16 load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(load_halves(p)), _mm256_cvtph_ps(load_halves(p + 8))};
 }
+FLASHMOE_INLINE __m256 i8_half(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+FLASHMOE_INLINE F32x16 load_i8(const int8_t* p) { return {i8_half(p), i8_half(p + 8)}; }
 FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));

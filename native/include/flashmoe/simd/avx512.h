@@ -57,6 +57,10 @@ FLASHMOE_INLINE F32x16 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p)), 16))};
 }
 FLASHMOE_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(load_halves(p))}; }
+FLASHMOE_INLINE F32x16 load_i8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -73,28 +77,6 @@ FLASHMOE_INLINE float reduce_max(F32x16 a) {
   const __m128 by4 = _mm_max_ps(_mm256_castps256_ps128(by8), _mm256_extractf128_ps(by8, 1));
   const __m128 by2 = _mm_max_ps(by4, _mm_movehl_ps(by4, by4));
   return _mm_cvtss_f32(_mm_max_ss(by2, _mm_movehdup_ps(by2)));
-}
-
-// The same additions as sixteen times reduce_add, a transposition at a time: 60 instead of 130 operations.
-#define FLASHMOE_REDUCE_ADD_EACH
-FLASHMOE_INLINE F32x16 reduce_add_each(const F32x16* v) {
-  __m512 by8[8], by4[4], by2[2];
-  for (int j = 0; j < 8; ++j) {
-    by8[j] = _mm512_add_ps(_mm512_shuffle_f32x4(v[j].v, v[j + 8].v, 0x44),
-                           _mm512_shuffle_f32x4(v[j].v, v[j + 8].v, 0xee));
-  }
-  for (int j = 0; j < 4; ++j) {
-    by4[j] = _mm512_add_ps(_mm512_shuffle_f32x4(by8[j], by8[j + 4], 0x88),
-                           _mm512_shuffle_f32x4(by8[j], by8[j + 4], 0xdd));
-  }
-  for (int j = 0; j < 2; ++j) {
-    by2[j] = _mm512_add_ps(_mm512_shuffle_ps(by4[j], by4[j + 2], 0x44),
-                           _mm512_shuffle_ps(by4[j], by4[j + 2], 0xee));
-  }
-  const __m512 sums =
-      _mm512_add_ps(_mm512_shuffle_ps(by2[0], by2[1], 0x88), _mm512_shuffle_ps(by2[0], by2[1], 0xdd));
-  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-  return {_mm512_permutexvar_ps(order, sums)};
 }
 
 #include "flashmoe/simd/common-inl.h"

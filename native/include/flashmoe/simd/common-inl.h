@@ -21,15 +21,6 @@ FLASHMOE_INLINE F32x16 exp(F32x16 x) {
   return zero_where_below(mul(p, exp2_integer(n)), x, -87.0f);
 }
 
-#if !defined(FLASHMOE_REDUCE_ADD_EACH)
-// Lane j: reduce_add(v[j]).
-FLASHMOE_INLINE F32x16 reduce_add_each(const F32x16* v) {
-  float sums[16];
-  for (int j = 0; j < 16; ++j) sums[j] = reduce_add(v[j]);
-  return load(sums);
-}
-#endif
-
 FLASHMOE_INLINE F32x16 sigmoid(F32x16 x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
 
 FLASHMOE_INLINE F32x16 silu(F32x16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }

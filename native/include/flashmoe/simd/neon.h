@@ -79,6 +79,12 @@ FLASHMOE_INLINE F32x16 load_f16(const uint16_t* p) {
 FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.q[i])));
 }
+FLASHMOE_INLINE F32x16 load_i8(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t halves[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
+  FLASHMOE_QUARTERS(
+      vcvtq_f32_s32(vmovl_s16(i % 2 == 0 ? vget_low_s16(halves[i / 2]) : vget_high_s16(halves[i / 2]))));
+}
 
 #undef FLASHMOE_QUARTERS
 

@@ -87,6 +87,7 @@ FLASHMOE_INLINE uint16_t f32_to_f16(float value) {
 }
 FLASHMOE_INLINE F32x16 load_bf16(const uint16_t* p) { FLASHMOE_LANES(bf16_to_f32(p[i])); }
 FLASHMOE_INLINE F32x16 load_f16(const uint16_t* p) { FLASHMOE_LANES(f16_to_f32(p[i])); }
+FLASHMOE_INLINE F32x16 load_i8(const int8_t* p) { FLASHMOE_LANES(static_cast<float>(p[i])); }
 FLASHMOE_INLINE void store_f16(uint16_t* p, F32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(a.v[i]);
 }

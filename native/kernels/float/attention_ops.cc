@@ -1,0 +1,211 @@
+// Attention split over the pool: by tokens for a prompt, by keys for few tokens and a long context.
+#include <algorithm>
+#include <cmath>
+
+#include "flashmoe/float_ops.h"
+#include "flashmoe/work_split.h"
+
+namespace flashmoe {
+namespace {
+
+// Tokens of a prompt that pass over a block of keys together, while it is in the second-level cache.
+constexpr int64_t kTokensPerTask = 16;
+
+// One call's work: a unit is one token and the query heads of it that share a pass over keys and values.
+struct Attention {
+  const FloatKernels& kernels;
+  AttentionShape shape;
+  const float* q;
+  CacheView keys, values;
+  int64_t position;
+  const float* q_gate;
+  float* out;
+
+  int64_t group() const { return shape.heads / shape.kv_heads; }
+  int64_t parts() const { return tasks_of(group(), kHeadsPerTask); }
+  int64_t lanes() const { return shape.kv_heads * parts(); }  // units of a token
+  int64_t blocks(int64_t token) const { return tasks_of(position + token + 1, kKeyBlock); }
+  int64_t first_head(int64_t lane) const { return lane / parts() * group() + lane % parts() * kHeadsPerTask; }
+  int64_t heads(int64_t lane) const {
+    return std::min(kHeadsPerTask, group() - lane % parts() * kHeadsPerTask);
+  }
+
+  const float* q_at(int64_t token, int64_t lane) const {
+    return q + (token * shape.heads + first_head(lane)) * shape.head_dim;
+  }
+  const float* q_gate_at(int64_t token, int64_t lane) const {
+    return q_gate + (token * shape.heads + first_head(lane)) * 2 * shape.head_dim;
+  }
+  float* out_at(int64_t token, int64_t lane) const {
+    return out + (token * shape.heads + first_head(lane)) * shape.head_dim;
+  }
+
+  AttentionTask task(int64_t token, int64_t lane, int64_t block) const {
+    AttentionTask task;
+    task.q = q_at(token, lane);
+    task.keys = keys;
+    task.values = values;
+    task.kv_head = lane / parts();
+    task.heads = heads(lane);
+    task.first = block * kKeyBlock;
+    task.count = std::min(kKeyBlock, position + token + 1 - task.first);
+    task.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+    return task;
+  }
+
+  void finish(int64_t token, int64_t lane, const AttentionPart& total) const {
+    kernels.finish_attention(total, q_gate_at(token, lane) + shape.head_dim, heads(lane), shape.head_dim);
+  }
+};
+
+// The part of one unit and one block in memory.
+struct PartBuffer {
+  float* base;
+  int64_t stride;  // of a head's values
+
+  static constexpr int64_t floats(int64_t head_dim) {
+    return kHeadsPerTask * (CacheView::padded(head_dim) + 2);
+  }
+  AttentionPart view() const {
+    return {base + stride * kHeadsPerTask, base + (stride + 1) * kHeadsPerTask, base, stride};
+  }
+};
+
+// A unit's sum of parts; the values are summed where the result will be.
+class Total {
+ public:
+  Total() = default;
+  Total(const Attention& call, int64_t token, int64_t lane)
+      : acc_(call.out_at(token, lane)), heads_(call.heads(lane)), dim_(call.shape.head_dim) {}
+  AttentionPart view() { return {max_, sum_, acc_, dim_}; }
+
+  void add(const FloatKernels& kernels, const AttentionPart& part, bool first) {
+    if (!first) return kernels.merge_parts(view(), part, heads_, dim_);
+    std::copy_n(part.max, heads_, max_);
+    std::copy_n(part.sum, heads_, sum_);
+    for (int64_t h = 0; h < heads_; ++h) std::copy_n(part.acc + h * part.stride, dim_, acc_ + h * dim_);
+  }
+
+ private:
+  float max_[kHeadsPerTask], sum_[kHeadsPerTask];
+  float* acc_ = nullptr;
+  int64_t heads_ = 0, dim_ = 0;
+};
+
+// Every block of keys meets all tokens while it is in the second-level cache.
+void run_tokens(const Attention& call, int64_t lane, int64_t first, int64_t end) {
+  alignas(64) float memory[PartBuffer::floats(kMaxHeadDim)];
+  Total totals[kTokensPerTask];
+  for (int64_t t = first; t < end; ++t) totals[t - first] = Total(call, t, lane);
+  const int64_t dim = call.shape.head_dim,
+                width = call.heads(lane) * dim * static_cast<int64_t>(sizeof(float));
+  const AttentionPart part = PartBuffer{memory, CacheView::padded(dim)}.view();
+  for (int64_t block = 0; block < call.blocks(end - 1); ++block) {
+    for (int64_t t = first; t < end; ++t) {
+      if (block >= call.blocks(t)) continue;
+      Total& total = totals[t - first];
+      AttentionTask task = call.task(t, lane, block);
+      if (block == 0) task.with_scores = {call.q_at(std::min(t + 1, end - 1), lane), width};
+      if (block + 1 == call.blocks(t)) task.with_values = {call.q_gate_at(t, lane), 2 * width};
+      // The first part needs no addition, and no copy where heads lie as the kernel writes them.
+      const bool in_place = block == 0 && dim == CacheView::padded(dim);
+      call.kernels.attend(task, in_place ? total.view() : part);
+      if (!in_place) total.add(call.kernels, part, block == 0);
+    }
+  }
+  for (int64_t t = first; t < end; ++t) call.finish(t, lane, totals[t - first].view());
+}
+
+// Parts of some blocks of keys for one unit, one long read of the cache.
+void run_blocks(const Attention& call, int64_t token, int64_t lane, int64_t first, int64_t end,
+                float* scratch) {
+  const int64_t dim = call.shape.head_dim;
+  for (int64_t block = first; block < end; ++block) {
+    AttentionTask task = call.task(token, lane, block);
+    const int64_t steps = kKeyBlock / kCachePositions;
+    task.with_scores = {call.values.block(task.kv_head, task.first), steps * call.values.block_nbytes()};
+    if (block + 1 < end) {
+      const int64_t next = task.first + kKeyBlock;
+      task.with_values = {call.keys.block(task.kv_head, next), steps * call.keys.block_nbytes()};
+    }
+    const PartBuffer buffer{scratch + block * PartBuffer::floats(dim), CacheView::padded(dim)};
+    call.kernels.attend(task, buffer.view());
+  }
+}
+
+// As run_tokens, over the parts that run_blocks left.
+void merge_blocks(const Attention& call, int64_t token, int64_t lane, float* scratch) {
+  Total total(call, token, lane);
+  const int64_t dim = call.shape.head_dim;
+  for (int64_t block = 0; block < call.blocks(token); ++block) {
+    const PartBuffer buffer{scratch + block * PartBuffer::floats(dim), CacheView::padded(dim)};
+    total.add(call.kernels, buffer.view(), block == 0);
+  }
+  call.finish(token, lane, total.view());
+}
+
+}  // namespace
+
+void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k,
+                                 const float* v, const float* q_norm, const float* k_norm, float eps,
+                                 const float* cos, const float* sin, int64_t position, float* q_out,
+                                 const CacheView& keys, const CacheView& values) {
+  const int64_t dim = shape.head_dim, half = shape.rotated / 2;
+  const auto prepare = [&](int64_t t) {
+    const float* c = cos + (position + t) * half;
+    const float* s = sin + (position + t) * half;
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      float* q = q_out + (t * shape.heads + h) * dim;
+      kernels_.rms_norm(q_gate + (t * shape.heads + h) * 2 * dim, q_norm, dim, eps, q);
+      kernels_.rope(q, c, s, half);
+    }
+    float key[kMaxHeadDim];
+    for (int64_t h = 0; h < shape.kv_heads; ++h) {
+      const int64_t at = (t * shape.kv_heads + h) * dim;
+      kernels_.rms_norm(k + at, k_norm, dim, eps, key);
+      kernels_.rope(key, c, s, half);
+      kernels_.store_key(keys, h, position + t, key);
+      kernels_.store_value(values, h, position + t, v + at);
+    }
+  };
+  // The positions of a block of the cache share its lines: one task writes them all.
+  const int64_t before = position % kCachePositions;
+  pool_.parallel_for(shape.tokens > 0 ? tasks_of(before + shape.tokens, kCachePositions) : 0,
+                     [&](int64_t task) {
+                       const int64_t first = task * kCachePositions - before;
+                       const int64_t end = std::min(first + kCachePositions, shape.tokens);
+                       for (int64_t t = std::max<int64_t>(first, 0); t < end; ++t) prepare(t);
+                     });
+}
+
+void FloatOps::attention(const AttentionShape& shape, const float* q, const CacheView& keys,
+                         const CacheView& values, int64_t position, const float* q_gate, float* out) {
+  const Attention call{kernels_, shape, q, keys, values, position, q_gate, out};
+  const int64_t tokens = shape.tokens, lanes = call.lanes(), units = tokens * lanes;
+  if (tokens == 0) return;
+  const int64_t blocks = call.blocks(tokens - 1), wanted = 8 * pool_.threads();
+  // How the work is cut changes no bit: parts are added in the order of their keys either way.
+  if (blocks == 1 || units >= wanted) {
+    const int64_t step = std::clamp<int64_t>(units / wanted, 1, kTokensPerTask),
+                  chunks = tasks_of(tokens, step);
+    // The last tokens see the most keys: longest tasks first.
+    pool_.parallel_for(chunks * lanes, [&](int64_t task) {
+      const int64_t first = (chunks - 1 - task / lanes) * step;
+      run_tokens(call, task % lanes, first, std::min(first + step, tokens));
+    });
+    return;
+  }
+  const int64_t part = PartBuffer::floats(shape.head_dim), runs = std::min(blocks, tasks_of(wanted, units));
+  const int64_t step = tasks_of(blocks, runs);
+  float* scratch = scratch_.at_least(units * blocks * part);
+  pool_.parallel_for(units * runs, [&](int64_t task) {
+    const int64_t unit = task / runs, token = unit / lanes, first = task % runs * step;
+    const int64_t end = std::min(first + step, call.blocks(token));
+    run_blocks(call, token, unit % lanes, first, end, scratch + unit * blocks * part);
+  });
+  pool_.parallel_for(units, [&](int64_t unit) {
+    merge_blocks(call, unit / lanes, unit % lanes, scratch + unit * blocks * part);
+  });
+}
+
+}  // namespace flashmoe
