@@ -104,6 +104,12 @@ def test_expert_slots_that_cannot_be_read(engine: Any, wanted: str) -> None:
         LLM(engine.bundle.path, expert_slots=wanted)
 
 
+@pytest.mark.parametrize(("given", "lossy"), [(None, False), ("f16", False), ("f32", False), ("int8", True)])
+def test_an_int8_cache_is_lossy(engine: Any, given: str | None, lossy: bool) -> None:
+    assert LLM(engine.bundle.path, kv_cache=given).lossy is lossy
+    assert engine.options.kv_cache == given
+
+
 @pytest.mark.parametrize(("given", "lossy"), [(None, False), (4, False), (2, True), (6, True)])
 def test_another_number_of_experts_is_lossy(engine: Any, given: int | None, lossy: bool) -> None:
     assert LLM(engine.bundle.path, experts_per_token=given).lossy is lossy

@@ -69,6 +69,12 @@ def test_another_number_of_experts_is_said_twice(model: Any, capsys: pytest.Capt
     assert err == "flashmoe: lossy: 2 experts per token instead of the model's own 4\n"
 
 
+def test_an_int8_cache_is_named(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "Hi", "--kv-cache", "int8", "--json") == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["kv_cache"], err) == ("int8", "flashmoe: lossy: keys and values in 8 bits\n")
+
+
 def test_the_models_own_number_of_experts_is_not_lossy(
     model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,10 +118,23 @@ def test_sampling_options_override_the_models_defaults(model: Any) -> None:
 
 
 def test_machine_options_reach_the_engine(model: Any) -> None:
-    run(model, "Hi", "--context", "99", "--io", "buffered", "--activations", "f32", "--expert-slots", "50%")
+    run(
+        model,
+        "Hi",
+        "--context",
+        "99",
+        "--io",
+        "buffered",
+        "--activations",
+        "f32",
+        "--expert-slots",
+        "50%",
+        "--kv-cache",
+        "int8",
+    )
     options = model.options
     assert (options.context, options.io, options.activations) == (99, "buffered", "f32")
-    assert options.expert_slots == 8
+    assert (options.expert_slots, options.kv_cache) == (8, "int8")
 
 
 def test_ctrl_c_keeps_what_was_shown(
@@ -143,6 +162,7 @@ def test_ctrl_c_keeps_what_was_shown(
         ["x", "--io", "psychic"],
         ["x", "--expert-slots", "0%"],
         ["x", "--activations", "f64"],
+        ["x", "--kv-cache", "int4"],
     ],
 )
 def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

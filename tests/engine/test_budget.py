@@ -217,10 +217,17 @@ def test_the_longest_context_is_refused_or_fits(bundle: Path) -> None:
     assert 0 < run(bundle, *options, "--memory", f"{least}MiB").peak <= least * MIB
 
 
-@pytest.mark.parametrize(("activations", "context"), [("int8", LONG), ("f32", 2048)])
-def test_what_is_allocated_is_what_was_planned(bundle: Path, activations: str, context: int) -> None:
+@pytest.mark.parametrize(
+    ("activations", "kv_cache", "context"),
+    [("int8", None, LONG), ("int8", "int8", LONG), ("f32", None, 2048)],
+)
+def test_what_is_allocated_is_what_was_planned(
+    bundle: Path, activations: str, kv_cache: str | None, context: int
+) -> None:
     chunk = 128
-    options = EngineOptions(context=context, prefill_chunk=chunk, activations=activations, expert_slots=8)
+    options = EngineOptions(
+        context=context, prefill_chunk=chunk, activations=activations, kv_cache=kv_cache, expert_slots=8
+    )
     with Engine.open(bundle, options) as engine:
         engine.feed([5] * (2 * chunk), "last")
         parts, plan = engine._parts, engine.plan

@@ -267,3 +267,22 @@ def test_attention_of_no_tokens(backends: list[CpuOps]) -> None:
         q = prepare(ops, shape, none, caches, 3)
         ops.attention(q, *caches, 3, none.q_gate, np.empty((0, 16), F))
         assert (caches[0] == 1).all()
+
+
+def test_a_long_context_in_any_cut_gives_the_same_bits(same_bits: Check, rng: np.random.Generator) -> None:
+    """One token splits the keys over the threads, many tokens are split themselves."""
+    shape, context, tokens = Shape(9, 3, 32, 0), 1300, 40
+    caches = filled(rng, shape, context, np.float16)
+    q = rng.normal(size=(tokens, shape.heads, shape.dim)).astype(F)
+    q_gate = rng.normal(size=(tokens, 2 * q[0].size)).astype(F)
+
+    def run(ops: Ops, step: int) -> list[np.ndarray]:
+        out = np.full((tokens, q[0].size), np.nan, F)
+        for t in range(0, tokens, step):
+            part = slice(t, t + step)
+            ops.attention(q[part], *caches, context - tokens + t, q_gate[part], out[part])
+        return [out]
+
+    whole = same_bits(lambda ops: run(ops, tokens))
+    for step in (1, 3):
+        np.testing.assert_array_equal(whole[0], same_bits(lambda ops, step=step: run(ops, step))[0])

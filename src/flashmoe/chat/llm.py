@@ -71,6 +71,7 @@ class LLM:
         threads: int | None = None,
         experts_per_token: int | None = None,
         activations: str = "int8",
+        kv_cache: str | None = None,
         io: str = "auto",
         expert_slots: int | str | None = None,
     ) -> None:
@@ -80,6 +81,8 @@ class LLM:
         context: longest prompt and answer together, in tokens; None is the model's own or 8,192.
         experts_per_token: other than the model's own number changes the output (see ``lossy``).
         activations: "int8", or "f32" for the accuracy oracle.
+        kv_cache: keys and values as "f16", "int8" (half the memory, changes the output) or "f32"; None is "f16",
+        and "f32" with activations "f32".
         io: "auto", "direct" or "buffered".
         expert_slots: how many experts to keep in memory, as a number or a share like "25%"; None is as many
         as the memory allows.  Never changes the output.
@@ -97,11 +100,13 @@ class LLM:
                 threads=threads,
                 experts_per_token=experts_per_token,
                 activations=activations,
+                kv_cache=kv_cache,
                 io=io,
                 expert_slots=_slot_count(expert_slots, opened),
             ),
         )
         self.experts_per_token = experts_per_token or self.native_experts_per_token
+        self.kv_cache = kv_cache
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +137,8 @@ class LLM:
 
     @property
     def lossy(self) -> bool:
-        """True when the output is not the model's own, because another number of experts is used."""
-        return self.experts_per_token != self.native_experts_per_token
+        """True when the output is not the model's own: another number of experts, or an int8 KV cache."""
+        return self.experts_per_token != self.native_experts_per_token or self.kv_cache == "int8"
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

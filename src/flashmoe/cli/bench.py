@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=options.count, default=32, metavar="N", help="decoded each time (default 32)"
     )
+    options.add_kv_cache(parser)
     parser.add_argument("--repeats", type=options.count, default=5, metavar="N", help="default: 5")
     parser.add_argument("--profile", action="store_true", help="also show where a decoded token's time goes")
     parser.add_argument("--peer-bench", type=Path, metavar="FILE", help="llama-bench, run in alternation")
@@ -74,7 +75,9 @@ def execute(args: argparse.Namespace) -> int:
     peer = _peer(args)
     with _bundle(args) as bundle:
         context = max([*args.prompt, *(context + args.tokens + 8 for context in args.context)])
-        engine_options = EngineOptions(args.memory, context=context, threads=args.threads)
+        engine_options = EngineOptions(
+            args.memory, context=context, threads=args.threads, kv_cache=args.kv_cache
+        )
         with Engine.open(bundle, engine_options) as engine:
             report = _report(args, Workbench(engine), peer)
     if args.plot:
@@ -101,6 +104,7 @@ def _report(args: argparse.Namespace, bench: Workbench, peer: Peer | None) -> di
         "model": _name(args),
         "machine": describe_machine(ops.isa, ops.threads),
         "options": options_of(wanted),
+        "kv_cache": plan.kv_cache,
         "expert_slots": plan.slots,
         "experts": plan.experts,
         "resident": bench.resident,

@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--memory", type=options.size, metavar="SIZE", help="plan this budget (default: what is free now)"
     )
     parser.add_argument("--context", type=options.count, metavar="N", help="plan this many tokens of context")
+    options.add_kv_cache(parser)
     options.add_json(parser)
 
 
@@ -55,7 +56,7 @@ def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan |
     # A run holds its tokenizer when it plans: more than 100 MiB for a vocabulary of 248,320.
     held = TextTokenizer.open(args.path) if (args.path / "tokenizer.json").is_file() else None
     try:
-        return make_plan(_demand(args.path, facts, args.context), args.memory), ""
+        return make_plan(_demand(args, facts), args.memory), ""
     except BudgetError as error:
         if args.memory is not None:
             raise
@@ -64,10 +65,11 @@ def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan |
         del held
 
 
-def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:
+def _demand(args: argparse.Namespace, facts: dict[str, Any]) -> Demand:
     from flashmoe.engine.loading import model_demand
     from flashmoe.models.registry import find_family
 
+    path: Path = args.path
     raw = json.loads((path if path.is_file() else path / "config.json").read_bytes())
     family = find_family(raw)
     return model_demand(
@@ -77,7 +79,8 @@ def _demand(path: Path, facts: dict[str, Any], context: int | None) -> Demand:
         record_nbytes=facts["record_nbytes"],
         experts=facts["expert_layers"] * facts["experts"],
         experts_per_token=facts["experts_per_token"],
-        context=context,
+        context=args.context,
+        kv_cache=args.kv_cache or "f16",
         embedding_nbytes=facts["embedding_nbytes"],
     )
 

@@ -57,6 +57,15 @@ def slots(text: str) -> str:
     return text
 
 
+def add_kv_cache(parser: argparse._ActionsContainer) -> None:
+    """--kv-cache, the same where a model is run and where its memory is planned."""
+    parser.add_argument(
+        "--kv-cache",
+        choices=("f16", "int8", "f32"),
+        help="how keys and values are kept (default: f16; int8 is half as large and lossy)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json, the same in every command that reports."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")

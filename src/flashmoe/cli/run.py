@@ -70,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     lossy.add_argument(
         "--activations", choices=("int8", "f32"), default="int8", help="f32 is the slow accuracy oracle"
     )
+    options.add_kv_cache(lossy)
     options.add_json(parser)
 
 
@@ -104,6 +105,7 @@ def execute(args: argparse.Namespace) -> int:
         threads=args.threads,
         experts_per_token=args.experts_per_token,
         activations=args.activations,
+        kv_cache=args.kv_cache,
         io=args.io,
         expert_slots=args.expert_slots,
     ) as llm:
@@ -152,8 +154,13 @@ def _prompt_ids(llm: LLM, prompt: str, args: argparse.Namespace) -> list[int]:
 
 
 def _lossy_note(llm: LLM) -> str:
-    native = llm.native_experts_per_token
-    return f"lossy: {llm.experts_per_token} experts per token instead of the model's own {native}"
+    reasons = []
+    if llm.experts_per_token != llm.native_experts_per_token:
+        native = llm.native_experts_per_token
+        reasons.append(f"{llm.experts_per_token} experts per token instead of the model's own {native}")
+    if llm.kv_cache == "int8":
+        reasons.append("keys and values in 8 bits")
+    return f"lossy: {', '.join(reasons)}"
 
 
 def _report(llm: LLM, chunks: Iterator[Chunk]) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _report(llm: LLM, chunks: Iterator[Chunk]) -> dict[str, Any]:
         "stats": {name: stats[name] for name in _STATS},
     }
     if llm.lossy:
-        report |= {"experts_per_token": llm.experts_per_token, "lossy": True}
+        report |= {"experts_per_token": llm.experts_per_token, "kv_cache": llm.kv_cache, "lossy": True}
     return report
 
 

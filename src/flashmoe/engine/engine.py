@@ -32,7 +32,8 @@ class EngineOptions:
     memory_bytes: ceiling of the whole process, None for most of what is free.
     context: longest sequence in tokens, None for the model's own or 8,192, whichever is shorter.
     experts_per_token: fewer (or more) than the model's own changes its output; None keeps it exact.
-    activations: "int8" (fast) or "f32" (accuracy oracle: also keeps the KV cache in float32).
+    activations: "int8" (fast) or "f32" (accuracy oracle).
+    kv_cache: "f16", "int8" (docs/decisions/006) or "f32"; None is "f16", and "f32" with activations "f32".
     io: "auto", "direct" or "buffered".
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
@@ -42,6 +43,7 @@ class EngineOptions:
     threads: int | None = None
     experts_per_token: int | None = None
     activations: str = "int8"
+    kv_cache: str | None = None
     io: str = "auto"
     prefill_chunk: int | None = None
     expert_slots: int | None = None

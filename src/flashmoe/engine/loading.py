@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import DTypeLike
-
 from flashmoe import env
 from flashmoe.bundle.codecs import U8
 from flashmoe.bundle.manifest import MANIFEST_FILE
@@ -20,6 +17,7 @@ from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.errors import BundleError, ConfigError
 from flashmoe.kernels.cpu import CpuOps
+from flashmoe.kernels.kv_cache import CACHE_DTYPES
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
@@ -62,7 +60,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
     config = _config(family, bundle, options)
     _check_bundle(bundle, family, config)
     context = _context(config, options)
-    kv_dtype: DTypeLike = np.float32 if options.activations == "f32" else np.float16
+    kv_cache = _kv_cache(options)
+    kv_dtype = CACHE_DTYPES[kv_cache]
     per_token = options.experts_per_token or config.num_experts_per_tok
     ops = CpuOps(options.threads or env.cpu_count(), options.activations)
     first, end = resident_range(bundle)
@@ -74,7 +73,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         experts=sum(layer.count for layer in bundle.expert_layers),
         experts_per_token=per_token,
         context=context,
-        kv_dtype=kv_dtype,
+        kv_cache=kv_cache,
         embedding_nbytes=table_nbytes(bundle),
     )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
@@ -107,7 +106,7 @@ def model_demand(
     experts: int,
     experts_per_token: int,
     context: int | None,
-    kv_dtype: DTypeLike = np.float16,
+    kv_cache: str = "f16",
     embedding_nbytes: int = 0,
 ) -> memory.Demand:
     """What the planner must know of a model; context None is the default one."""
@@ -115,13 +114,14 @@ def model_demand(
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     return memory.Demand(
         resident_nbytes=resident_nbytes,
-        state_nbytes=decoder.state_nbytes(config, context, kv_dtype),
+        state_nbytes=decoder.state_nbytes(config, context, CACHE_DTYPES[kv_cache]),
         workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens),
         record_nbytes=record_nbytes,
         experts=experts,
         min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,
         context=context,
         embedding_nbytes=embedding_nbytes,
+        kv_cache=kv_cache,
     )
 
 
@@ -138,6 +138,13 @@ def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen
             f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts"
         )
     return config
+
+
+def _kv_cache(options: EngineOptions) -> str:
+    name = options.kv_cache or ("f32" if options.activations == "f32" else "f16")
+    if name not in CACHE_DTYPES:
+        raise ConfigError(f"unknown --kv-cache {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
+    return name
 
 
 def _check_bundle(bundle: Bundle, family: ModelFamily, config: Qwen35Config) -> None:

@@ -37,6 +37,7 @@ class Demand:
     embedding_nbytes: int = (
         0  # left on the drive unless everything else fits: 0.5 ms a token at the 35B shape
     )
+    kv_cache: str = "f16"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class MemoryPlan:
     prefill_chunk: int
     context: int
     embedding_resident: bool = False  # counted in resident_nbytes
+    kv_cache: str = "f16"
 
     @property
     def slots_nbytes(self) -> int:
@@ -67,7 +69,11 @@ class MemoryPlan:
             ("budget", self.budget_nbytes, ""),
             ("process", self.process_nbytes, "interpreter, libraries, reserve"),
             ("resident weights", self.resident_nbytes, ""),
-            ("state", self.state_nbytes, f"one sequence of up to {self.context} tokens"),
+            (
+                "state",
+                self.state_nbytes,
+                f"one sequence of up to {self.context} tokens, KV cache {self.kv_cache}",
+            ),
             ("workspace", self.workspace_nbytes, f"prefill in chunks of {self.prefill_chunk} tokens"),
             ("expert slots", self.slots_nbytes, f"{self.slots} of {self.experts} experts ({share:.0%})"),
         ]
@@ -121,6 +127,7 @@ def make_plan(
         prefill_chunk=chunk,
         context=demand.context,
         embedding_resident=embedding,
+        kv_cache=demand.kv_cache,
     )
 
 

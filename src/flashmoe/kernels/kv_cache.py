@@ -8,6 +8,7 @@ scale with scale = max|x| / 127.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Cache = NDArray[Any]  # float16, float32 or int8
 
+CACHE_DTYPES: Mapping[str, DTypeLike] = {"f16": np.float16, "int8": np.int8, "f32": np.float32}
 POSITIONS = 16  # of a block: the lanes of a vector register
 SCALE_GROUP = 64  # values of an int8 cache that share a scale
 

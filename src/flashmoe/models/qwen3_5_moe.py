@@ -115,8 +115,9 @@ class Qwen35Moe:
 
     @staticmethod
     def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike) -> int:
-        """Bytes of one sequence's state when its context is full, rotary tables included."""
+        """Bytes that grow with the context when it is full: state, rotary tables, the kernels' partial results."""
         total = RotaryTable.nbytes_of(context, config.rotary_dim)
+        total += KeyValueCache.parts_nbytes(attention_shape(config), context)
         for i in range(config.num_hidden_layers):
             if config.is_linear(i):
                 total += DeltaNetState.nbytes_of(delta_net_shape(config))

@@ -57,13 +57,19 @@ class KeyValueCache:
     @property
     def position_nbytes(self) -> int:
         """Bytes of one position's keys and values."""
-        return (self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1])
+        return int((self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1]))
 
     @staticmethod
     def nbytes_of(shape: AttentionShape, context: int, dtype: DTypeLike) -> int:
         """Bytes of one layer's cache when the context is full."""
         size = prod(cache_shape(shape.kv_heads, context, shape.head_dim, dtype))
         return 2 * size * np.dtype(dtype).itemsize
+
+    @staticmethod
+    def parts_nbytes(shape: AttentionShape, context: int) -> int:
+        """Bytes in which the kernels keep a token's results for each 256 keys, once for all layers."""
+        tasks = shape.kv_heads * -(-shape.heads // (8 * shape.kv_heads))
+        return tasks * -(-context // 256) * 8 * 4 * (-(-shape.head_dim // 16) * 16 + 2)
 
     def clear(self) -> None:
         """Nothing to do: positions beyond the sequence are never read."""
