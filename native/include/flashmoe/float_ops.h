@@ -10,6 +10,9 @@
 
 namespace flashmoe {
 
+// Tokens of a prompt whose keys and queries are prepared at a time: 4 MiB at the 35B shape.
+constexpr int64_t kDeltaTokens = 256;
+
 struct DeltaShape {
   int64_t tokens = 0, key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;
   int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
@@ -48,6 +51,10 @@ class FloatOps {
   int64_t scratch_nbytes() const { return scratch_.nbytes(); }
 
  private:
+  // At least one token, at most kDeltaTokens.
+  void delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
+                  const float* a_log, const float* dt_bias, float* state, float* out);
+
   ThreadPool& pool_;
   const FloatKernels& kernels_;
   GrowOnly<float> scratch_;

@@ -81,7 +81,18 @@ void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64
 
 void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
                                 const float* a_log, const float* dt_bias, float* state, float* out) {
-  if (shape.tokens == 0) return;  // the kernel reads the first token's key before it asks for more
+  // Every head passes over its keys and queries once for 32 of its columns: they must stay in the caches.
+  for (int64_t first = 0; first < shape.tokens; first += kDeltaTokens) {
+    DeltaShape part = shape;
+    part.tokens = std::min(kDeltaTokens, shape.tokens - first);
+    delta_part(part, mixed + first * shape.channels(), a + first * shape.value_heads,
+               b + first * shape.value_heads, a_log, dt_bias, state,
+               out + first * shape.value_heads * shape.value_dim);
+  }
+}
+
+void FloatOps::delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
+                          const float* a_log, const float* dt_bias, float* state, float* out) {
   const int64_t keys = shape.key_heads * shape.key_dim, heads = shape.value_heads;
   float* q = scratch_.at_least(shape.tokens * (2 * keys + shape.key_heads + 2 * heads));
   float* k = q + shape.tokens * keys;

@@ -141,12 +141,13 @@ class Qwen35Moe:
         per_token += 3 * width + 2 * kv_width
         per_token += config.num_experts + 3 * config.num_experts_per_tok + 2
         # Kernels: the two planes of an input (a bit over half a float a value), gathered once more for up to two
-        # chunks of pairs, whose hidden rows and their planes stand beside them; the recurrence's keys and queries.
+        # chunks of pairs, whose hidden rows and their planes stand beside them; the recurrence's keys and queries of
+        # 256 tokens.
         widest = max(config.hidden_size, width, delta.values, config.shared_expert_intermediate_size)
         hidden_rows = max(config.moe_intermediate_size, config.shared_expert_intermediate_size)
         per_token += 2 * widest + 2 * config.hidden_size + 4 * hidden_rows
-        per_token += 2 * delta.value_heads * (delta.key_dim + 4)
-        return 4 * (per_token * tokens + config.vocab_size)
+        recurrence = 2 * delta.value_heads * (delta.key_dim + 4) * min(tokens, 256)
+        return 4 * (per_token * tokens + recurrence + config.vocab_size)
 
     def _logits(self, h: F32, logits_of: str) -> F32:
         if logits_of == "none":
