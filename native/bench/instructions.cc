@@ -92,10 +92,12 @@ struct Bench {
   void attention(int64_t tokens, int times) {
     const int64_t context = 1024 + tokens;
     const AttentionShape shape{tokens, 8, 1, 256, 64};
-    std::vector<uint16_t> keys(static_cast<size_t>(context * 256), 0x3400), cached(keys);
+    CacheView k{nullptr, CacheType::f16, (context + kCachePositions - 1) / kCachePositions, 256}, v = k;
+    std::vector<uint16_t> keys(static_cast<size_t>(k.blocks * k.block_nbytes() / 2), 0x3400), cached(keys);
+    k.data = reinterpret_cast<uint8_t*>(keys.data());
+    v.data = reinterpret_cast<uint8_t*>(cached.data());
     const std::vector<float> q = values(tokens * 8 * 256), gate = values(tokens * 16 * 256);
     std::vector<float> out(static_cast<size_t>(tokens * 8 * 256));
-    const CacheView k{keys.data(), true, context, 256}, v{cached.data(), true, context, 256};
     for (int i = 0; i < times; ++i) floats.attention(shape, q.data(), k, v, 1024, gate.data(), out.data());
   }
 

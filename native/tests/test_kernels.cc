@@ -308,7 +308,8 @@ void float_ops(Run& run) {
     attention(run, {1, 1, 1, 8, 0}, 0, type);
     attention(run, {2, 20, 2, 24, 6}, 63, type);
     attention(run, {5, 3, 3, 10, 10}, 254, type);
-    attention(run, {1, 7, 1, kMaxHeadDim, 128}, 520, type);
+    attention(run, {1, 2, 1, kMaxHeadDim, 128}, 129, type);
+    attention(run, {1, 3, 1, 32, 8}, 520, type);
   }
   routing(run, 1, 1, 1);
   routing(run, 5, 33, 5);

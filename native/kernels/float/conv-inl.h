@@ -21,14 +21,17 @@ FLASHMOE_INLINE void conv_columns(const ConvTask& p, int64_t taps, int64_t t, in
 
 // Four taps (every model so far) and whole vectors.
 FLASHMOE_INLINE void conv4_row(const ConvTask& p, int64_t t, int64_t begin, int64_t end) {
-  const float* x[4];
-  for (int64_t j = 0; j < 4; ++j) x[j] = conv_row(p, t + j - 3);
+  // In variables of their own: a store could change what the task points to.
+  const float *x0 = conv_row(p, t - 3), *x1 = conv_row(p, t - 2), *x2 = conv_row(p, t - 1),
+              *x3 = conv_row(p, t);
+  const float *w0 = p.w, *w1 = w0 + p.channels, *w2 = w1 + p.channels, *w3 = w2 + p.channels;
+  float* out = p.out + t * p.channels;
   for (int64_t c = begin; c < end; c += 16) {
-    F32x16 acc = fma(load(p.w + c), load(x[0] + c), zero());
-    acc = fma(load(p.w + p.channels + c), load(x[1] + c), acc);
-    acc = fma(load(p.w + 2 * p.channels + c), load(x[2] + c), acc);
-    acc = fma(load(p.w + 3 * p.channels + c), load(x[3] + c), acc);
-    store(p.out + t * p.channels + c, silu(acc));
+    F32x16 acc = fma(load(w0 + c), load(x0 + c), zero());
+    acc = fma(load(w1 + c), load(x1 + c), acc);
+    acc = fma(load(w2 + c), load(x2 + c), acc);
+    acc = fma(load(w3 + c), load(x3 + c), acc);
+    store(out + c, silu(acc));
   }
 }
 
