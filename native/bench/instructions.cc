@@ -1,5 +1,6 @@
 // Runs one hot kernel a given number of times on fixed inputs: `instructions NAME TIMES`, or `instructions`
 // for the names. Counted under callgrind (tools/instruction_budget.py), which knows AVX2 but not AVX-512.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -152,6 +153,11 @@ int main(int argc, char** argv) {
   const auto found = kKernels.find(argv[1]);
   if (found == kKernels.end()) {
     std::fprintf(stderr, "no kernel %s\n", argv[1]);
+    return 2;
+  }
+  const std::vector<Isa> here = supported_isas();
+  if (std::find(here.begin(), here.end(), kIsa) == here.end()) {
+    std::fprintf(stderr, "the counts are of %s, which this processor does not have\n", isa_name(kIsa));
     return 2;
   }
   Bench bench;
