@@ -73,13 +73,20 @@ def test_a_call_is_counted_without_its_start(
 ) -> None:
     folder = tmp_path / "bin"
     program = script(folder, "program", "echo norm")
-    # valgrind --tool=... --callgrind-out-file=... PROGRAM KERNEL TIMES
-    script(folder, "valgrind", 'echo "==1== Collected : $((5000 + 7 * $5))" >&2')
+    # valgrind --tool=... --callgrind-out-file=... --toggle-collect=... PROGRAM KERNEL TIMES
+    script(folder, "valgrind", 'echo "==1== Collected : $((5000 + 7 * $6))" >&2')
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     assert tool.measure(str(program)) == {"norm": 7}
 
 
-@pytest.mark.parametrize("body", ["echo no AVX2 here >&2; exit 2", "echo no AVX2 here >&2"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "echo no AVX2 here >&2; exit 2",
+        "echo no AVX2 here >&2",
+        "echo no AVX2 here: Collected : 0 >&2",  # the function to collect in was not found
+    ],
+)
 def test_a_count_that_fails_is_an_error_with_its_reason(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
 ) -> None:
