@@ -107,6 +107,14 @@ def test_machine_options_change_no_bit(
     assert_same(got, expected["int8"])
 
 
+@pytest.mark.parametrize("lookahead", ["on", "off"])
+def test_reading_ahead_changes_no_bit(
+    demo_bundle: Path, prompt: list[int], expected: dict[str, Output], lookahead: str
+) -> None:
+    options = {"expert_slots": slots("half", demo_bundle), "prefill_chunk": 1, "lookahead": lookahead}
+    assert_same(generate(demo_bundle, prompt, **options), expected["int8"])
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_nor_on_the_float_path(
     demo_bundle: Path, prompt: list[int], expected: dict[str, Output], share: str

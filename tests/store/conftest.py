@@ -44,14 +44,14 @@ class InterruptedReader(FakeReader):
         super().__init__(files, order)
         self.interrupts = []
 
-    def wait(self) -> list[tuple[int, str]]:
+    def _completions(self) -> list[tuple[int, str]]:
         due = [lose for left, lose in self.interrupts if left == 0]
         self.interrupts = [(left - 1, lose) for left, lose in self.interrupts if left > 0]
         if due:
             if due[0]:
-                super().wait()
+                super()._completions()
             raise KeyboardInterrupt
-        return super().wait()
+        return super()._completions()
 
 
 class World:
@@ -114,14 +114,15 @@ class World:
         return {(layer, expert) for layer in range(self.layers) for expert in self.cache.resident(layer)}
 
     def check(self) -> None:
-        """Between steps: nothing in flight, every slot has one owner, every resident expert its bytes."""
-        assert self.reader.outstanding == 0
+        """Between steps: only reads ahead in flight, every slot has one owner, every resident expert its bytes."""
+        foreseen = list(self.cache._foreseen)
+        assert self.reader.outstanding == len(foreseen)
         places = [
             (slot, layer, expert)
             for layer in range(self.layers)
             for expert, slot in self.cache.resident(layer).items()
         ]
-        owned = [slot for slot, _, _ in places] + self.cache._staging + self.arena._free
+        owned = [slot for slot, _, _ in places] + self.cache._staging + self.arena._free + foreseen
         assert sorted(owned) == list(range(self.arena.count))
         assert all(self.holds(*place) for place in places)
         assert self.policy.told == self.resident()

@@ -38,9 +38,10 @@ def test_misses_are_read_and_hits_are_not(make_world: MakeWorld) -> None:
     assert world.request(1, [2, 5]) == {2: first[2], 5: first[5]}
     world.request(1, [0, 4])
     stats = world.cache.stats()
-    assert (stats.hits, stats.misses, stats.bytes_read) == (3, 4, 4 * RECORD)
-    assert stats.hit_rate == 3 / 7
-    assert stats.since(stats).hit_rate is None
+    assert (stats.total.hits, stats.total.misses, stats.bytes_read) == (3, 4, 4 * RECORD)
+    assert stats.total.hit_rate == 3 / 7
+    assert stats.since(stats).total.hit_rate is None
+    assert [counts.misses for counts in stats.layers.values()] == [0, 4, 0]
     world.check()
 
 
@@ -280,3 +281,54 @@ class TestCtrlC:
             world.reader.read_many([(1, 0, RECORD, world.arena.buffer, 0)])
         assert world.reader.outstanding == 0
         world.request(0, [0, 1])
+
+
+def test_an_expert_read_ahead_is_not_read_again(make_world: MakeWorld) -> None:
+    world = make_world(6, k=2)
+    with world.cache.request(0, [0, 1]) as request:
+        while request.next_ready():
+            pass
+        request.foresee(1, [3, 4])
+        request.foresee(1, [4])  # it is on its way
+    assert experts_read(world)[2:] == [(1, 3), (1, 4)]
+    assert world.cache.stats().wasted_bytes == 2 * RECORD
+    world.request(1, [2, 4])
+    assert experts_read(world)[4:] == [(1, 2)]
+    stats = world.cache.stats()
+    assert (stats.layers[1].misses, stats.layers[1].foreseen) == (2, 1)
+    assert (stats.wasted_bytes, stats.missed_bytes) == (RECORD, 4 * RECORD)
+    assert 3 in world.cache.resident(1), "a wrong guess stays: it was read anyway"
+    world.check()
+
+
+def test_a_prompt_takes_over_what_was_read_ahead(make_world: MakeWorld) -> None:
+    world = make_world(6, k=2)
+    with world.cache.request(0, [0]) as request:
+        assert request.next_ready()
+        request.foresee(1, [1])
+    visited = [expert for expert, slot in world.stream(1, [0, 1, 2]) if world.holds(slot, 1, expert)]
+    assert visited == [0, 1, 2]
+    assert experts_read(world).count((1, 1)) == 1
+    world.check()
+
+
+def test_a_failed_guess_fails_nobody(make_world: MakeWorld) -> None:
+    world = make_world(6, k=2)
+    world.reader.script(Fault(2, 3 * RECORD, errno=errno.EIO))
+    with world.cache.request(0, [0]) as request:
+        assert request.next_ready()
+        request.foresee(1, [3])
+    world.request(1, [2])
+    assert 3 not in world.cache.resident(1)
+    world.check()
+    world.request(1, [3])
+
+
+def test_a_guess_does_not_take_what_the_step_uses(make_world: MakeWorld) -> None:
+    world = make_world(2, k=2)
+    with world.cache.request(0, [0, 1]) as request:
+        while request.next_ready():
+            pass
+        request.foresee(1, [0, 1, 2])
+        assert set(world.cache.resident(0)) == {0, 1}
+    world.check()

@@ -74,6 +74,7 @@ class LLM:
         kv_cache: str | None = None,
         io: str = "auto",
         expert_slots: int | str | None = None,
+        lookahead: str = "auto",
     ) -> None:
         """Load the bundle in a directory.
 
@@ -86,6 +87,8 @@ class LLM:
         io: "auto", "direct" or "buffered".
         expert_slots: how many experts to keep in memory, as a number or a share like "25%"; None is as many
         as the memory allows.  Never changes the output.
+        lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".  Never
+        changes the output.
         Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
         """
         opened = Bundle.open(Path(bundle))
@@ -103,6 +106,7 @@ class LLM:
                 kv_cache=kv_cache,
                 io=io,
                 expert_slots=_slot_count(expert_slots, opened),
+                lookahead=lookahead,
             ),
         )
         self.experts_per_token = experts_per_token or self.native_experts_per_token

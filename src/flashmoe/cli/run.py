@@ -91,6 +91,12 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
         metavar="N|P%",
         help="experts kept in memory (default: as many as fit)",
     )
+    machine.add_argument(
+        "--lookahead",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="read likely experts of the next layer while the drive is idle (default: while that helps)",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -108,6 +114,7 @@ def execute(args: argparse.Namespace) -> int:
         kv_cache=args.kv_cache,
         io=args.io,
         expert_slots=args.expert_slots,
+        lookahead=args.lookahead,
     ) as llm:
         if llm.lossy:
             print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)

@@ -35,6 +35,8 @@ class EngineOptions:
     activations: "int8" (fast) or "f32" (accuracy oracle).
     kv_cache: "f16", "int8" (docs/decisions/006) or "f32"; None is "f16", and "f32" with activations "f32".
     io: "auto", "direct" or "buffered".
+    lookahead: "auto" reads likely experts of the next layer into idle time of the drive while that helps, "on"
+    always, "off" never.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -48,6 +50,7 @@ class EngineOptions:
     prefill_chunk: int | None = None
     expert_slots: int | None = None
     verify_reads: bool = False
+    lookahead: str = "auto"
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Engine:
             part = np.array(ids[begin : begin + chunk], np.int32)
             wanted = logits_of if logits_of == "all" or begin + chunk >= len(ids) else "none"
             logits = self._parts.model.forward(part, self._parts.state, self._parts.experts, wanted)
-            if wanted != "none":
+            if wanted != "none" or begin + chunk >= len(ids):
                 rows.append(logits.copy() if logits_of == "all" else logits)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
@@ -159,13 +162,13 @@ class Engine:
             "completion_tokens": timing.new_tokens,
             "prefill_tok_s": _rate(timing.prompt_tokens, timing.prompt_seconds),
             "decode_tok_s": _rate(steps, timing.new_seconds),
-            "bound_tok_s": decode_bound(self._parts, decode.bytes_read / steps, self._drive_rate())
+            "bound_tok_s": decode_bound(self._parts, decode.missed_bytes / steps, self._drive_rate())
             if steps
             else None,
-            "hit_rate": reads.hit_rate,
-            "decode_hit_rate": decode.hit_rate,
+            "hit_rate": reads.total.hit_rate,
+            "decode_hit_rate": decode.total.hit_rate,
             "bytes_read": reads.bytes_read,
-            "stall_seconds": reads.stall_seconds,
+            "stall_seconds": reads.total.stall_seconds,
             "peak_memory_bytes": env.peak_memory(),
             "budget_bytes": self.plan.budget_nbytes,
             "expert_slots": self.plan.slots,

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from flashmoe.bundle.codecs import FfnLayout
+from flashmoe.engine.lookahead import AHEAD, Lookahead
 from flashmoe.kernels.cpu import CpuOps, FfnWeights
+from flashmoe.nn.moe import Foresight
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
 
+_MIN_SLOTS_AHEAD = 4  # times the experts of one step
 _MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
 
 
@@ -25,9 +28,17 @@ class StreamedExperts:
     """
 
     def __init__(
-        self, ops: CpuOps, cache: ExpertCache, arena: SlotArena, layouts: dict[int, FfnLayout]
+        self,
+        ops: CpuOps,
+        cache: ExpertCache,
+        arena: SlotArena,
+        layouts: dict[int, FfnLayout],
+        lookahead: str = "auto",
     ) -> None:
         self._ops, self._cache = ops, cache
+        # A small pool cannot lend slots: what it holds for the step would leave.
+        small = arena.count < _MIN_SLOTS_AHEAD * max(AHEAD, cache.experts_per_token)
+        self.lookahead = Lookahead(cache, "off" if small else lookahead)
         self._base, self._stride = arena.address, arena.record_nbytes
         self._layouts = {
             layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
@@ -37,14 +48,22 @@ class StreamedExperts:
         self._y: F32 = np.empty((0, 0), np.float32)
 
     def run(
-        self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32
+        self,
+        layer: int,
+        x: F32,
+        chosen: I32,
+        weights: F32,
+        shared: Any,
+        shared_weights: F32,
+        out: F32,
+        foresight: Foresight | None = None,
     ) -> None:
         """See nn.moe.Experts."""
         layout, group = self._layouts[layer]
         for needed in {group, shared.group}:
             self._ops.prepare(self._inputs[needed], x, needed)
         if x.shape[0] == 1:
-            self._one_token(layer, layout, group, chosen, weights, shared, shared_weights, out)
+            self._one_token(layer, layout, group, chosen, weights, shared, shared_weights, out, foresight)
         else:
             self._many_tokens(layer, layout, group, chosen, weights, shared, shared_weights, out)
 
@@ -58,8 +77,9 @@ class StreamedExperts:
         shared: FfnWeights,
         shared_weights: F32,
         out: F32,
+        foresight: Foresight | None,
     ) -> None:
-        ops, k = self._ops, chosen.shape[1]
+        ops, k, lookahead = self._ops, chosen.shape[1], self.lookahead
         if self._y.shape != (k + 1, out.shape[1]):
             self._y = np.empty((k + 1, out.shape[1]), np.float32)
             self._rows = np.arange(k + 1, dtype=np.int32)
@@ -71,12 +91,17 @@ class StreamedExperts:
         self._factors[0] = shared_weights[0]
         self._factors[1:] = weights[0][order]
         out.fill(0)
+        lookahead.judge(layer, experts)
         with self._cache.request(layer, experts) as request:
             if len(request.hits) == k:  # nothing to wait for: summed on the way
+                lookahead.guess(foresight)
+                lookahead.read(request)
                 self._run_ready(layout, group, experts, request.hits, block, self._zeros, out, self._factors)
                 return
             self._run_ready(layout, group, experts, request.hits, block, self._rows, self._y)
+            lookahead.guess(foresight)
             while ready := request.next_ready():
+                lookahead.read(request)
                 self._run_ready(layout, group, experts, ready, None, self._rows, self._y)
         ops.combine(self._y, self._zeros, self._factors, out)
 

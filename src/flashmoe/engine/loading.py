@@ -14,6 +14,7 @@ from flashmoe.engine import memory
 from flashmoe.engine.bound import measure_drive
 from flashmoe.engine.embedding import make_embedding, streamed_nbytes, table_nbytes
 from flashmoe.engine.experts import StreamedExperts
+from flashmoe.engine.lookahead import MODES as LOOKAHEAD_MODES
 from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.errors import BundleError, ConfigError
 from flashmoe.kernels.cpu import CpuOps
@@ -91,7 +92,9 @@ def load(path: Path, options: EngineOptions) -> Parts:
     model = decoder(
         config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
     )
-    experts = StreamedExperts(ops, cache, arena, {layer.layer: layer.ffn for layer in layers})
+    experts = StreamedExperts(
+        ops, cache, arena, {layer.layer: layer.ffn for layer in layers}, options.lookahead
+    )
     token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
     state = model.new_state(kv_dtype)
     return Parts(bundle, plan, ops, reader, weights, cache, experts, model, state, drive, token_nbytes)
@@ -132,6 +135,10 @@ def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.lookahead not in LOOKAHEAD_MODES:
+        raise ConfigError(
+            f"unknown --lookahead {options.lookahead!r}: choose one of {', '.join(LOOKAHEAD_MODES)}"
+        )
     config = family.config(bundle.config)
     if options.experts_per_token is not None and options.experts_per_token > config.num_experts:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import DTypeLike
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.nn.attention import AttentionShape, GatedAttention, KeyValueCache, RotaryTable
 from flashmoe.nn.delta_net import DeltaNetShape, DeltaNetState, GatedDeltaNet
-from flashmoe.nn.moe import DenseMlp, Experts, MoeShape, SparseMoe
+from flashmoe.nn.moe import DenseMlp, Experts, Foresight, MoeShape, SparseMoe
 from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
 
@@ -108,7 +109,7 @@ class Qwen35Moe:
                 assert isinstance(layer, KeyValueCache)
                 mixer(h, layer, state.position, work, delta)
             ops.add_rms_norm(x, delta, second, eps, h)
-            self._ffns[i](h, experts, work, delta)
+            self._ffns[i](h, experts, work, delta, self._foresight(i + 1, x))
         ops.add_rms_norm(x, delta, self._final_norm, eps, h)
         state.position += tokens
         return self._logits(h, logits_of)
@@ -148,6 +149,19 @@ class Qwen35Moe:
         per_token += 2 * widest + 2 * config.hidden_size + 4 * hidden_rows
         recurrence = 2 * delta.value_heads * (delta.key_dim + 4) * min(tokens, 256)
         return 4 * (per_token * tokens + recurrence + config.vocab_size)
+
+    def _foresight(self, layer: int, x: F32) -> Foresight | None:
+        """What `layer` would ask for if the layers before it added nothing to the stream x [1, hidden]."""
+        if x.shape[0] != 1 or layer == len(self._ffns) or not isinstance(self._ffns[layer], SparseMoe):
+            return None
+        return functools.partial(self._foresee, layer, x)
+
+    def _foresee(self, layer: int, x: F32) -> tuple[int, list[int]]:
+        ffn = self._ffns[layer]
+        assert isinstance(ffn, SparseMoe)
+        h = self._work.get("foreseen_input", x.shape)
+        self._ops.rms_norm(x, self._norms[layer][1], self.config.rms_norm_eps, h)
+        return ffn.foresee(h, self._work)
 
     def _logits(self, h: F32, logits_of: str) -> F32:
         if logits_of == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,17 +23,30 @@ class MoeShape:
     shared_intermediate: int
 
 
+# What a coming layer will probably ask for: (layer, experts, the most probable first).
+Foresight = Callable[[], tuple[int, list[int]]]
+
+
 class Experts(Protocol):
     """Whoever holds the routed experts: in memory, on a drive, on another device."""
 
     def run(
-        self, layer: int, x: F32, chosen: I32, weights: F32, shared: Any, shared_weights: F32, out: F32
+        self,
+        layer: int,
+        x: F32,
+        chosen: I32,
+        weights: F32,
+        shared: Any,
+        shared_weights: F32,
+        out: F32,
+        foresight: Foresight | None = None,
     ) -> None:
         """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]).
 
         x, out: [tokens, hidden]; chosen, weights: [tokens, k]; shared_weights: [tokens].  The sum runs over the
         shared expert first and then over ascending expert numbers, whatever is in memory, so that the result
-        never depends on it.  Raises ReadError when an expert cannot be read.
+        never depends on it; nor does it on `foresight`, which may be asked while there is nothing else to do.
+        Raises ReadError when an expert cannot be read.
         """
 
 
@@ -47,7 +61,9 @@ class SparseMoe:
         ]
         self._shared = weights.ffn(prefix + "shared_expert", shape.hidden, shape.shared_intermediate)
 
-    def __call__(self, x: F32, experts: Experts, work: Workspace, out: F32) -> None:
+    def __call__(
+        self, x: F32, experts: Experts, work: Workspace, out: F32, foresight: Foresight | None = None
+    ) -> None:
         """x, out: [tokens, hidden]."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         logits = work.get("router", (tokens, shape.experts))
@@ -57,7 +73,21 @@ class SparseMoe:
         chosen = work.get("chosen", (tokens, shape.experts_per_token), np.int32)
         weights = work.get("weights", (tokens, shape.experts_per_token))
         ops.route(logits, shape.experts_per_token, chosen, weights)
-        experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out)
+        experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out, foresight)
+
+    def foresee(self, x: F32, work: Workspace) -> tuple[int, list[int]]:
+        """This layer and the experts that it would choose for x [1, hidden], the most probable first.
+
+        With the input that an earlier layer had, this foretells most of what the layer will ask for: the residual
+        stream changes little from one layer to the next (arXiv 2312.17238).
+        """
+        shape, ops = self._shape, self._ops
+        logits = work.get("foreseen_router", (1, shape.experts))
+        chosen = work.get("foreseen", (1, shape.experts_per_token), np.int32)
+        weights = work.get("foreseen_weights", (1, shape.experts_per_token))
+        ops.linear(x, self._gates[:1], [logits], True)
+        ops.route(logits, shape.experts_per_token, chosen, weights)
+        return self._layer, chosen[0].tolist()
 
 
 class DenseMlp:
@@ -67,8 +97,10 @@ class DenseMlp:
         self._record = weights.ffn(prefix + "dense", hidden, intermediate)
         self._ops, self._input = ops, ops.token_input()
 
-    def __call__(self, x: F32, experts: Experts, work: Workspace, out: F32) -> None:
-        """x, out: [tokens, hidden]; `experts` is unused."""
+    def __call__(
+        self, x: F32, experts: Experts, work: Workspace, out: F32, foresight: Foresight | None = None
+    ) -> None:
+        """x, out: [tokens, hidden]; there is nothing to read."""
         tokens, record = x.shape[0], self._record
         rows = np.arange(tokens, dtype=np.int32)
         self._ops.prepare(self._input, x, record.group)

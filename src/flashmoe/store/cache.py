@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ from flashmoe.errors import BudgetError, ReadError
 from flashmoe.store.policies.base import Policy
 from flashmoe.store.reader import ExpertReader
 from flashmoe.store.slots import SlotArena
-from flashmoe.store.stats import CacheStats
+from flashmoe.store.stats import CacheStats, LayerCounts, QueueDepth
 
 Ready = list[tuple[int, int]]  # (expert, slot)
 
@@ -48,12 +49,17 @@ class ExpertCache:
             raise BudgetError(
                 f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory or --expert-slots"
             )
+        self.experts_per_token = experts_per_token
         self._reader, self._arena, self._policy = reader, arena, policy
         self._layers, self._checksums = dict(layers), checksums
         self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
         self._staging: list[int] = []
-        self._hits = self._misses = self._nbytes = 0
-        self._stall = 0.0
+        self._foreseen: dict[
+            int, tuple[int, int]
+        ] = {}  # slot -> (layer, expert), read before it is asked for
+        self._layer_stats = {layer: LayerCounts() for layer in layers}
+        self._nbytes = self._wasted = 0
+        self._queue = QueueDepth()
 
     @staticmethod
     def min_slots(experts_per_token: int) -> int:
@@ -63,20 +69,22 @@ class ExpertCache:
     def request(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
         self._return_staging()
+        self._make_room(len(experts))
         resident = self._resident[layer]
         hits = [(expert, resident[expert]) for expert in experts if expert in resident]
         self._policy.touch(layer, experts)
-        self._hits += len(hits)
+        counts = self._layer_stats[layer]
+        counts.hits += len(hits)
         if len(hits) == len(experts):
-            return Request(self, layer, hits, {})
+            return Request(self, layer, experts, hits, {})
         missing: dict[int, int] = {}
         try:
             self._read_missing(layer, experts, missing)
         except BaseException:  # Ctrl-C too: nobody else would wait for the reads that have begun
             self._drain(missing)
             raise
-        self._misses += len(missing)
-        return Request(self, layer, hits, missing)
+        counts.misses += len(missing)
+        return Request(self, layer, experts, hits, missing)
 
     def stream(self, layer: int, experts: Sequence[int], most: int) -> Iterator[Ready]:
         """Batches of (expert, slot), `most` or fewer, together all experts (ascending, distinct) in their order.
@@ -85,9 +93,10 @@ class ExpertCache:
         resident pass through a few staging slots and do not displace what decoding has gathered; only slots that
         are free anyway keep them.  Raises ReadError.
         """
+        self._make_room(self._arena.count // 2 + 1)
         self._fill_staging(layer, experts)
         queue: deque[tuple[int, int]] = deque()
-        landing: dict[int, int] = {}  # slot -> expert, submitted and not yet landed
+        landing = self._claim(layer, set(experts))  # slot -> expert, submitted and not yet landed
         staged: set[int] = set()
         waiting = deque(experts)
         try:
@@ -108,17 +117,29 @@ class ExpertCache:
 
     def stats(self) -> CacheStats:
         """Counters so far."""
-        return CacheStats(self._hits, self._misses, self._nbytes, self._stall)
+        return CacheStats(
+            {layer: replace(counts) for layer, counts in self._layer_stats.items()},
+            self._nbytes,
+            self._wasted,
+            self._queue.busy_seconds,
+            self._queue.read_seconds,
+        )
 
     def resident(self, layer: int) -> dict[int, int]:
         """expert -> slot of what is in memory now (a copy)."""
         return dict(self._resident[layer])
 
+    def resident_experts(self, layer: int) -> KeysView[int]:
+        """The experts in memory, as they change."""
+        return self._resident[layer].keys()
+
     def _read_missing(self, layer: int, experts: Sequence[int], missing: dict[int, int]) -> None:
         """Start reading the experts that are not resident; `missing` gets slot -> expert of each."""
         keep = set(experts)
+        begun = self._claim(layer, keep)
+        missing.update(begun)
         for expert in experts:
-            if expert not in self._resident[layer]:
+            if expert not in self._resident[layer] and expert not in begun.values():
                 slot = self._take(layer, keep)
                 if slot is None:
                     raise BudgetError(
@@ -137,12 +158,16 @@ class ExpertCache:
         most: int,
     ) -> None:
         """Queue experts in order: resident ones freely, others while a slot for them is free."""
-        resident = self._resident[layer]
+        resident, counts = self._resident[layer], self._layer_stats[layer]
+        begun = {expert: slot for slot, expert in landing.items()}  # ahead of the stream, or by it
         while waiting and len(queue) < max(most, 2 * _MAX_READ_AHEAD):
             expert = waiting[0]
             slot = resident.get(expert)
             if slot is not None:
-                self._hits += 1
+                counts.hits += 1
+            elif expert in begun:
+                slot = begun[expert]
+                counts.misses += 1
             else:
                 slot = self._arena.take()
                 if slot is None:
@@ -152,7 +177,7 @@ class ExpertCache:
                     staged.add(slot)
                 landing[slot] = expert
                 self._submit(layer, expert, slot)
-                self._misses += 1
+                counts.misses += 1
             queue.append((expert, slot))
             waiting.popleft()
 
@@ -163,12 +188,17 @@ class ExpertCache:
         """
         began = time.perf_counter()
         completions = self._reader.wait()
-        self._stall += time.perf_counter() - began
-        assert completions, "reads in flight never completed"
+        self._layer_stats[layer].stall_seconds += time.perf_counter() - began
+        if not completions:  # a Ctrl-C elsewhere lost the completions of reads ahead that are ours now
+            self._queue.clear()
+            for slot in landing:
+                self._submit(layer, landing[slot], slot)
+        self._queue.change(-len(completions))
         ready, failed = [], ""
         for slot, error in completions:
             expert = landing.pop(slot, None)
-            if expert is None:  # of a request that Ctrl-C stopped twice, its slot belongs to nobody any more
+            if expert is None:
+                self._land_foreseen(slot, error)
                 continue
             error = error or self._damage(layer, expert, slot)
             if error:
@@ -185,18 +215,84 @@ class ExpertCache:
             raise ReadError(failed + ": run `flashmoe verify` on the bundle")
         return ready
 
+    def _land_foreseen(self, slot: int, error: str) -> None:
+        """A read ahead of a step that did not ask for its expert has completed; the expert stays anyway.
+
+        An error is not told: nobody needed the expert, and who does will read it again.
+        """
+        foreseen = self._foreseen.pop(slot, None)
+        if foreseen is None:  # of a request that Ctrl-C stopped twice, its slot belongs to nobody any more
+            return
+        layer, expert = foreseen
+        if error or self._damage(layer, expert, slot):
+            self._arena.give_back(slot)
+            return
+        self._resident[layer][expert] = slot
+        self._policy.insert(layer, expert)
+
+    def _claim(self, layer: int, experts: set[int]) -> dict[int, int]:
+        """slot -> expert of those experts of the layer whose reads have begun ahead; they are the caller's now."""
+        if not self._foreseen:
+            return {}
+        mine = {
+            slot: expert
+            for slot, (owner, expert) in self._foreseen.items()
+            if owner == layer and expert in experts
+        }
+        for slot in mine:
+            del self._foreseen[slot]
+        self._layer_stats[layer].foreseen += len(mine)
+        self._wasted -= len(mine) * self._layers[layer][1]
+        return mine
+
+    def _foresee(self, layer: int, experts: Sequence[int], using: int, keep: set[int]) -> None:
+        """Start reading experts of a coming step; `keep` of layer `using` must stay."""
+        known = set(self._foreseen.values())
+        for expert in experts:
+            if expert in self._resident[layer] or (layer, expert) in known:
+                continue
+            slot = self._take(using, keep)
+            if slot is None:
+                return
+            self._foreseen[slot] = (layer, expert)
+            self._wasted += self._layers[layer][1]
+            self._submit(layer, expert, slot)
+
+    def _make_room(self, slots: int) -> None:
+        """Wait for the reads ahead if so many slots cannot be had beside them; only in the smallest pools."""
+        while self._foreseen and slots + len(self._foreseen) > self._arena.count:
+            try:
+                completions = self._reader.wait()
+            except BaseException:  # Ctrl-C: what it had fetched is lost
+                self._settle({})
+                raise
+            self._queue.change(-len(completions))
+            for slot, error in completions:
+                self._land_foreseen(slot, error)
+            if not completions:
+                self._settle({})
+
     def _drain(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
         """Wait until nothing of `landing` is in flight; its slots become free (staging ones stay where they are)."""
-        while completions := self._reader.wait() if landing else []:
-            for slot, _ in completions:
-                if landing.pop(slot, None) is not None and slot not in staged:
+        if landing:
+            self._settle(landing, staged)
+
+    def _settle(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
+        """As _drain, and for reads ahead too."""
+        while completions := self._reader.wait():
+            for slot, error in completions:
+                if landing.pop(slot, None) is None:
+                    self._land_foreseen(slot, error)
+                elif slot not in staged:
                     self._arena.give_back(slot)
         # Nothing is in flight any more.  What is left was never submitted, or its completion was lost when Ctrl-C
         # interrupted the wait() that had fetched it.
-        for slot in landing:
+        for slot in [*landing, *self._foreseen]:
             if slot not in staged:
                 self._arena.give_back(slot)
         landing.clear()
+        self._foreseen.clear()
+        self._queue.clear()
 
     def _damage(self, layer: int, expert: int, slot: int) -> str:
         if self._checksums is None:
@@ -209,6 +305,7 @@ class ExpertCache:
     def _submit(self, layer: int, expert: int, slot: int) -> None:
         file, nbytes = self._layers[layer]
         self._nbytes += nbytes
+        self._queue.change(1)
         self._reader.submit(
             (file, expert * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes), slot
         )
@@ -247,11 +344,18 @@ class ExpertCache:
 class Request:
     """One step's experts of one layer.  A context manager; leaving it waits for reads that were not consumed."""
 
-    __slots__ = ("_cache", "_landing", "_layer", "hits")
+    __slots__ = ("_cache", "_experts", "_landing", "_layer", "hits")
 
-    def __init__(self, cache: ExpertCache, layer: int, hits: Ready, landing: dict[int, int]) -> None:
-        self._cache, self._layer, self._landing = cache, layer, landing
+    def __init__(
+        self, cache: ExpertCache, layer: int, experts: Sequence[int], hits: Ready, landing: dict[int, int]
+    ) -> None:
+        self._cache, self._layer, self._experts, self._landing = cache, layer, experts, landing
         self.hits = hits
+
+    @property
+    def outstanding(self) -> int:
+        """Reads that this request waits for."""
+        return len(self._landing)
 
     def next_ready(self) -> Ready:
         """Experts that have landed since the last call, at least one; [] when all have been returned.
@@ -262,6 +366,13 @@ class Request:
             if ready := self._cache._land(self._layer, self._landing, set()):
                 return ready
         return []
+
+    def foresee(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read experts that a coming step will probably ask of another layer.
+
+        Call it when this request waits for little any more, so that reads that are needed hardly share the drive.
+        """
+        self._cache._foresee(layer, experts, self._layer, set(self._experts))
 
     def __enter__(self) -> Self:
         return self

@@ -51,6 +51,7 @@ class FakeReader(BulkReads):
     def __init__(
         self, files: Sequence[bytes | Path], order: Callable[[int], Sequence[int]] | None = None
     ) -> None:
+        super().__init__()
         self._files = list(files)
         self._sizes = [f.stat().st_size if isinstance(f, Path) else len(f) for f in files]
         self._order = order or range
@@ -84,8 +85,8 @@ class FakeReader(BulkReads):
         self._pending.append(_Pending(read, tag, faults, delay))
         self.reads.append((file, offset, nbytes))
 
-    def wait(self) -> list[tuple[int, str]]:
-        """See ExpertReader.  It never blocks: when every read is delayed, the least delayed ones are due."""
+    def _completions(self) -> list[tuple[int, str]]:
+        """It never blocks: when every read is delayed, the least delayed ones are due."""
         if not self._pending:
             return []
         least = min(pending.delay for pending in self._pending)

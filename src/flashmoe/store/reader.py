@@ -38,27 +38,39 @@ class ExpertReader(Protocol):
 
 
 class BulkReads:
-    """read_many and read_into over submit and wait.  Call them only while no other read is outstanding."""
+    """read_many and read_into over a reader's own submit and completions.
+
+    Completions of other reads that come in meanwhile are kept for the next wait().
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, str]] = []
 
     def submit(self, read: Read, tag: int) -> None:
         """See ExpertReader."""
         raise NotImplementedError
 
     def wait(self) -> list[tuple[int, str]]:
-        """See ExpertReader."""
-        raise NotImplementedError
+        """See ExpertReader.  Ctrl-C interrupts it."""
+        if not self._kept:
+            return self._completions()
+        kept, self._kept = self._kept, []
+        return kept
 
     def read_many(self, reads: Sequence[Read]) -> None:
         """See ExpertReader."""
-        errors = []
+        pieces = list(itertools.chain.from_iterable(_pieces(read) for read in reads))
+        left, errors = len(pieces), []
         try:
-            for read in itertools.chain.from_iterable(_pieces(read) for read in reads):
-                self.submit(read, _BULK_TAG)
-            while completions := self.wait():
-                errors += [error for _, error in completions if error]
+            for piece in pieces:
+                self.submit(piece, _BULK_TAG)
+            while left:
+                done = self._own_completions()
+                left -= len(done)
+                errors += [error for error in done if error]
         except BaseException:  # Ctrl-C too: these reads must not complete in somebody else's wait()
-            while self.wait():
-                continue
+            while completions := self._completions():
+                self._kept += [(tag, error) for tag, error in completions if tag != _BULK_TAG]
             raise
         if errors:
             raise ReadError(f"cannot read {errors[0]}: run `flashmoe verify` on the bundle")
@@ -68,6 +80,17 @@ class BulkReads:
     ) -> None:
         """See ExpertReader."""
         self.read_many([(file, offset, nbytes, buffer, buffer_offset)])
+
+    def _completions(self) -> list[tuple[int, str]]:
+        """Block until at least one read has completed; [] when none is left."""
+        raise NotImplementedError
+
+    def _own_completions(self) -> list[str]:
+        """Outcomes of pieces of read_many, perhaps none."""
+        completions = self._completions()
+        assert completions, "reads in flight never completed"
+        self._kept += [(tag, error) for tag, error in completions if tag != _BULK_TAG]
+        return [error for tag, error in completions if tag == _BULK_TAG]
 
 
 class NativeReader(BulkReads):
@@ -79,6 +102,7 @@ class NativeReader(BulkReads):
     """
 
     def __init__(self, paths: Sequence[Path], direct: str = "auto", queue_depth: int = 8) -> None:
+        super().__init__()
         try:
             self._native = Reader([str(path) for path in paths], direct, queue_depth)
         except ValueError as error:
@@ -99,8 +123,7 @@ class NativeReader(BulkReads):
         file, offset, nbytes, buffer, buffer_offset = read
         self._native.submit(file, offset, nbytes, buffer, buffer_offset, tag)
 
-    def wait(self) -> list[tuple[int, str]]:
-        """See ExpertReader.  Ctrl-C interrupts it."""
+    def _completions(self) -> list[tuple[int, str]]:
         return self._native.wait()
 
     def close(self) -> None:

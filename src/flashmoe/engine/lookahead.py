@@ -1,0 +1,67 @@
+"""When to read experts before they are asked for: only into idle time of the drive, and only while it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashmoe.nn.moe import Foresight
+from flashmoe.store.cache import ExpertCache, Request
+
+# Reads ahead of a layer.  Between the last expert of a layer and the first request of the next the drive is idle for
+# about the time of one or two reads; more would delay what is really asked for.
+AHEAD = 2
+# Reads of the layer itself that may still be outstanding: fewer do not keep the drive busy.
+TAIL = 1
+# A wrong guess takes the drive for about as long as a right one saves.
+_WORTH = 0.5
+_MEMORY = 0.98  # of the running share of right guesses: it looks back on some 50 guesses
+# While guesses are not worth it, one token in so many is guessed, and only to see whether they have become better.
+_PROBE = 16
+
+MODES = ("auto", "on", "off")
+
+
+class Lookahead:
+    """Guesses what the next layer will need, and keeps account of how often it was right.  Not thread-safe.
+
+    mode: "on" always reads ahead, "auto" while at least half of the recent guesses were right, "off" never.
+    """
+
+    def __init__(self, cache: ExpertCache, mode: str) -> None:
+        self._cache, self._mode = cache, mode
+        self.accuracy = 1.0 if mode == "on" else _WORTH  # share of right guesses lately
+        self.guesses = self.right = 0
+        self._pending: tuple[int, list[int]] | None = None
+        self._steps = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether guesses are read, not only judged."""
+        return self._mode == "on" or (self._mode == "auto" and self.accuracy >= _WORTH)
+
+    def judge(self, layer: int, experts: Sequence[int]) -> None:
+        """What the layer really asks for."""
+        self._steps += 1
+        pending, self._pending = self._pending, None
+        if pending is None or pending[0] != layer:
+            return
+        for expert in pending[1]:
+            right = expert in experts
+            self.guesses += 1
+            self.right += right
+            self.accuracy = _MEMORY * self.accuracy + (1 - _MEMORY) * right
+
+    def guess(self, foresight: Foresight | None) -> None:
+        """The most probable experts of the next layer that would have to be read.  Call it while reads are awaited."""
+        if foresight is None or self._mode == "off":
+            return
+        if not self.reading and self._steps % _PROBE:
+            return
+        layer, experts = foresight()
+        resident = self._cache.resident_experts(layer)
+        self._pending = layer, [expert for expert in experts if expert not in resident][:AHEAD]
+
+    def read(self, request: Request) -> None:
+        """Begin to read what was guessed if the request waits for almost nothing any more."""
+        if self._pending is not None and self.reading and request.outstanding <= TAIL:
+            request.foresee(*self._pending)

@@ -1,0 +1,112 @@
+"""Reading ahead: what is guessed, when it is read, and when it is given up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashmoe.engine.engine import Engine, EngineOptions
+from flashmoe.engine.lookahead import AHEAD, Lookahead
+from flashmoe.errors import ConfigError
+
+
+class Step:
+    """A request that waits for `outstanding` reads, and a cache that holds `resident` of every layer."""
+
+    def __init__(self, resident: Sequence[int] = (), outstanding: int = 0) -> None:
+        self.resident, self.outstanding = set(resident), outstanding
+        self.read: list[tuple[int, list[int]]] = []
+
+    def resident_experts(self, layer: int) -> set[int]:
+        return self.resident
+
+    def foresee(self, layer: int, experts: Sequence[int]) -> None:
+        self.read.append((layer, list(experts)))
+
+
+def lookahead(step: Any, mode: str) -> Lookahead:
+    return Lookahead(step, mode)
+
+
+def test_the_most_probable_missing_experts_are_read() -> None:
+    step: Any = Step(resident=[7, 4])
+    ahead = lookahead(step, "on")
+    ahead.guess(lambda: (3, [7, 1, 4, 9, 2]))
+    ahead.read(step)
+    assert step.read == [(3, [1, 9, 2][:AHEAD])]
+    ahead.judge(3, [1, 4, 7])
+    assert (ahead.guesses, ahead.right) == (AHEAD, 1)
+
+
+def test_needed_reads_come_first() -> None:
+    step: Any = Step(outstanding=5)
+    ahead = lookahead(step, "on")
+    ahead.guess(lambda: (3, [1]))
+    ahead.read(step)
+    assert step.read == []
+    step.outstanding = 0
+    ahead.read(step)
+    assert step.read == [(3, [1])]
+
+
+def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
+    step: Any = Step()
+    ahead = lookahead(step, "auto")
+    for _ in range(10):
+        ahead.guess(lambda: (1, [0, 1]))
+        ahead.judge(1, [5, 6])
+    assert not ahead.reading
+    ahead.guess(lambda: (1, [0, 1]))
+    ahead.read(step)
+    assert step.read == []
+    for _ in range(16 * 60):  # only now and then is a guess still made
+        ahead.guess(lambda: (1, [0, 1]))
+        ahead.judge(1, [0, 1])
+    assert ahead.reading
+
+
+def test_a_guess_for_another_layer_is_not_judged() -> None:
+    step: Any = Step()
+    ahead = lookahead(step, "on")
+    ahead.guess(lambda: (3, [1]))
+    ahead.judge(0, [2])
+    assert ahead.guesses == 0
+
+
+def test_off_asks_nobody() -> None:
+    def fail() -> tuple[int, list[int]]:
+        raise AssertionError("nobody wants to know")
+
+    step: Any = Step()
+    ahead = lookahead(step, "off")
+    ahead.guess(fail)
+    ahead.read(step)
+    assert step.read == []
+
+
+def test_the_demo_model_is_foreseen(demo_bundle: Path) -> None:
+    ids = json.loads((demo_bundle / "golden.json").read_text())["long"]["ids"][:48]
+    with Engine.open(demo_bundle, EngineOptions(expert_slots=100, lookahead="on")) as engine:
+        for token in ids:
+            engine.feed([token])
+        ahead = engine._parts.experts.lookahead
+        assert ahead.guesses > 48
+        assert ahead.right / ahead.guesses > 2 * 100 / 240, "no better than chance"
+        counts = engine._parts.cache.stats().total
+        assert 0 < counts.foreseen <= counts.misses
+
+
+def test_a_pool_of_one_step_lends_nothing(demo_bundle: Path) -> None:
+    with Engine.open(demo_bundle, EngineOptions(expert_slots=6, lookahead="on")) as engine:
+        for token in (1, 2, 3):
+            engine.feed([token])
+        assert engine._parts.cache.stats().total.foreseen == 0
+
+
+def test_an_unknown_mode_is_refused(demo_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="auto, on, off"):
+        Engine.open(demo_bundle, EngineOptions(lookahead="maybe"))
