@@ -79,9 +79,15 @@ class World:
             checksums=checksums,
         )
 
-    def stream(self, layer: int, experts: Sequence[int], most: int = 1) -> Iterator[tuple[int, int]]:
+    def stream(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        most: int = 1,
+        then: tuple[int, Sequence[int]] | None = None,
+    ) -> Iterator[tuple[int, int]]:
         """The cache's stream, one (expert, slot) after another; leaving it early leaves the cache's."""
-        with closing(self.cache.stream(layer, experts, most)) as batches:
+        with closing(self.cache.stream(layer, experts, most, then)) as batches:
             for batch in batches:
                 assert 1 <= len(batch) <= most
                 yield from batch
@@ -122,7 +128,8 @@ class World:
             for layer in range(self.layers)
             for expert, slot in self.cache.resident(layer).items()
         ]
-        owned = [slot for slot, _, _ in places] + self.cache._staging + self.arena._free + foreseen
+        owned = [slot for slot, _, _ in places] + self.cache._staging + self.arena._free
+        owned += [*foreseen, *self.cache._arrived]
         assert sorted(owned) == list(range(self.arena.count))
         assert all(self.holds(*place) for place in places)
         assert self.policy.told == self.resident()

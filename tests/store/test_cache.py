@@ -201,7 +201,7 @@ class TestStream:
         world.request(0, range(24))
         for layer in range(1, 5):
             assert [e for e, _ in world.stream(layer, range(40))] == list(range(40))
-            assert len(world.resident()) == 16  # eight reads in flight are all that streaming takes
+            assert len(world.resident()) == 12  # half a small pool is all that streaming takes
         world.check()
 
     def test_the_next_request_has_all_slots_again(self, make_world: MakeWorld) -> None:
@@ -309,6 +309,24 @@ def test_a_prompt_takes_over_what_was_read_ahead(make_world: MakeWorld) -> None:
     visited = [expert for expert, slot in world.stream(1, [0, 1, 2]) if world.holds(slot, 1, expert)]
     assert visited == [0, 1, 2]
     assert experts_read(world).count((1, 1)) == 1
+    world.check()
+
+
+def test_a_prompt_reads_on_for_the_next_layer(make_world: MakeWorld) -> None:
+    world = make_world(8, k=2)
+    for layer in range(3):
+        world.request(layer, [0, 1])
+    begun = len(experts_read(world))
+    list(world.stream(0, range(6), then=(1, range(6))))
+    ahead = [expert for layer, expert in experts_read(world)[begun:] if layer == 1]
+    assert ahead == [expert for expert in range(6) if expert not in world.cache.resident(1)][: len(ahead)]
+    before = len(experts_read(world))
+    visited = [expert for expert, slot in world.stream(1, ahead[1:]) if world.holds(slot, 1, expert)]
+    assert visited == ahead[1:] != []
+    assert len(experts_read(world)) == before, "all of them were there"
+    assert world.cache.stats().wasted_bytes == RECORD
+    world.check()
+    world.request(2, [0, 1])
     world.check()
 
 

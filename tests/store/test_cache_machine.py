@@ -82,10 +82,16 @@ class CacheMachine(RuleBasedStateMachine):
     def stream(self, layer: int, experts: set[int]) -> None:
         self.attempt(layer, sorted(experts), lambda: self.visit(layer, sorted(experts), len(experts)))
 
-    @rule(layer=layer_numbers, steps=st.integers(0, EXPERTS - 1))
-    def leave_a_stream(self, layer: int, steps: int) -> None:
+    @rule(
+        layer=layer_numbers,
+        coming=st.integers(0, LAYERS - 2),
+        guess=expert_sets,
+        steps=st.integers(0, EXPERTS),
+    )
+    def stream_and_read_on(self, layer: int, coming: int, guess: set[int], steps: int) -> None:
+        """A stream to its end or not, that reads on for another one, which comes or does not."""
         try:
-            self.visit(layer, range(EXPERTS), steps)
+            self.visit(layer, range(EXPERTS), steps, then=((layer + 1 + coming) % LAYERS, sorted(guess)))
         except ReadError:
             assert self.broken_before[layer]
 
@@ -121,7 +127,7 @@ class CacheMachine(RuleBasedStateMachine):
         """It fails if and only if a read that it needs was broken; what it counts is what it did."""
         cache, reads = self.world.cache, len(self.world.reader.reads)
         bad, missing = self.broken(layer) & set(wanted), set(wanted) - set(cache.resident(layer))
-        foreseen_before = set(cache._foreseen.values())
+        foreseen_before = {*cache._foreseen.values(), *cache._arrived.values()}
         before = cache.stats()
         failure = ""
         try:
@@ -141,10 +147,10 @@ class CacheMachine(RuleBasedStateMachine):
         # One that landed ahead of its turn in a stream counts as the hit that it has become.
         assert 0 <= done.total.misses - read <= done.total.foreseen <= done.missed_bytes // RECORD - read
 
-    def visit(self, layer: int, experts: Any, steps: int) -> None:
+    def visit(self, layer: int, experts: Any, steps: int, then: Any = None) -> None:
         """The first `steps` experts of a stream; all of them end it."""
         visited = []
-        stream = self.world.stream(layer, experts)
+        stream = self.world.stream(layer, experts, then=then)
         for _, (expert, slot) in zip(range(steps), stream, strict=False):
             assert self.world.holds(slot, layer, expert)
             visited.append(expert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
 
 _MIN_SLOTS_AHEAD = 4  # times the experts of one step
+# A prompt that asks this share of one layer's experts probably asks for nearly all of the next one's.
+_READ_ON_SHARE = 0.75
 _MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
 
 
@@ -34,11 +37,14 @@ class StreamedExperts:
         arena: SlotArena,
         layouts: dict[int, FfnLayout],
         lookahead: str = "auto",
+        experts: int = 0,
     ) -> None:
+        """layouts: layer -> layout of its records; experts: of each layer."""
         self._ops, self._cache = ops, cache
         # A small pool cannot lend slots: what it holds for the step would leave.
         small = arena.count < _MIN_SLOTS_AHEAD * max(AHEAD, cache.experts_per_token)
         self.lookahead = Lookahead(cache, "off" if small else lookahead)
+        self._everyone, self._successor = range(experts), dict(itertools.pairwise(layouts))
         self._base, self._stride = arena.address, arena.record_nbytes
         self._layouts = {
             layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
@@ -152,7 +158,10 @@ class StreamedExperts:
         bounds = [*starts.tolist(), count * k]
         # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
         done = 0
-        for batch in self._cache.stream(layer, experts.tolist(), _MAX_BATCH):
+        then = None
+        if layer in self._successor and len(experts) >= _READ_ON_SHARE * len(self._everyone):
+            then = self._successor[layer], self._everyone
+        for batch in self._cache.stream(layer, experts.tolist(), _MAX_BATCH, then):
             for ready in _parts(batch, bounds, done, count):
                 ends = bounds[done : done + len(ready) + 1]
                 begin, end = ends[0], ends[-1]

@@ -93,7 +93,12 @@ def load(path: Path, options: EngineOptions) -> Parts:
         config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
     )
     experts = StreamedExperts(
-        ops, cache, arena, {layer.layer: layer.ffn for layer in layers}, options.lookahead
+        ops,
+        cache,
+        arena,
+        {layer.layer: layer.ffn for layer in layers},
+        options.lookahead,
+        config.num_experts,
     )
     token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
     state = model.new_state(kv_dtype)

@@ -19,7 +19,11 @@ from flashmoe.store.stats import CacheStats, LayerCounts, QueueDepth
 
 Ready = list[tuple[int, int]]  # (expert, slot)
 
-_MAX_READ_AHEAD = 8  # records in flight while streaming: the reader's queue depth
+_MAX_IN_FLIGHT = 8  # records that keep the drive busy: the reader's queue depth
+# Slots through which a stream passes what it does not keep.  Many, because they also read on while the layer after is
+# not yet at its experts (a third of a prompt's time), and few enough that decoding afterwards hardly misses them.
+_STAGING_SHARE = 16
+_MAX_STAGING = 128
 
 
 class ExpertCache:
@@ -57,6 +61,10 @@ class ExpertCache:
         self._foreseen: dict[
             int, tuple[int, int]
         ] = {}  # slot -> (layer, expert), read before it is asked for
+        self._passing: set[int] = (
+            set()
+        )  # those of them that a stream reads ahead of the next and does not keep
+        self._arrived: dict[int, tuple[int, int]] = {}  # as _foreseen: of _passing, and read already
         self._layer_stats = {layer: LayerCounts() for layer in layers}
         self._nbytes = self._wasted = 0
         self._queue = QueueDepth()
@@ -68,8 +76,8 @@ class ExpertCache:
 
     def request(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
-        self._return_staging()
         self._make_room(len(experts))
+        self._return_staging()
         resident = self._resident[layer]
         hits = [(expert, resident[expert]) for expert in experts if expert in resident]
         self._policy.touch(layer, experts)
@@ -86,22 +94,33 @@ class ExpertCache:
         counts.misses += len(missing)
         return Request(self, layer, experts, hits, missing)
 
-    def stream(self, layer: int, experts: Sequence[int], most: int) -> Iterator[Ready]:
+    def stream(
+        self, layer: int, experts: Sequence[int], most: int, then: tuple[int, Sequence[int]] | None = None
+    ) -> Iterator[Ready]:
         """Batches of (expert, slot), `most` or fewer, together all experts (ascending, distinct) in their order.
 
-        Experts are read ahead; a batch's slots are valid until the next one is asked for.  Those that are not
-        resident pass through a few staging slots and do not displace what decoding has gathered; only slots that
-        are free anyway keep them.  Raises ReadError.
+        Experts are read ahead, at the end also those that the stream `then` (another layer, experts) will probably
+        ask for; a batch's slots are valid until the next one is asked for.  Those that are not resident pass
+        through staging slots and do not displace what decoding has gathered; only slots that are free anyway keep
+        them.  Raises ReadError.
         """
         self._make_room(self._arena.count // 2 + 1)
-        self._fill_staging(layer, experts)
-        queue: deque[tuple[int, int]] = deque()
         landing = self._claim(layer, set(experts))  # slot -> expert, submitted and not yet landed
-        staged: set[int] = set()
+        staged = self._passing.intersection(landing)
+        self._passing -= staged
+        ahead = self._claim_arrived(layer, set(experts))
+        staged.update(ahead.values())
+        ahead.update((expert, slot) for slot, expert in landing.items())
+        self._fill_staging(layer, experts, len(staged))
+        if self._staging or staged:  # half of them are read into while the others are computed
+            most = max(1, min(most, (len(self._staging) + len(staged)) // 2))
+        queue: deque[tuple[int, int]] = deque()
         waiting = deque(experts)
         try:
             while waiting or queue:
-                self._read_ahead(layer, waiting, queue, landing, staged, most)
+                self._read_ahead(layer, waiting, queue, landing, staged, ahead, most)
+                if not waiting:
+                    self._read_on(then)
                 while queue[0][1] in landing:
                     self._land(layer, landing, keep_resident=staged)
                 batch: Ready = []
@@ -111,6 +130,7 @@ class ExpertCache:
                 passed = staged.intersection(slot for _, slot in batch)
                 staged -= passed
                 self._staging += passed
+            self._read_on(then)
         finally:
             self._drain(landing, staged)
             self._staging += staged
@@ -137,6 +157,7 @@ class ExpertCache:
         """Start reading the experts that are not resident; `missing` gets slot -> expert of each."""
         keep = set(experts)
         begun = self._claim(layer, keep)
+        self._passing.difference_update(begun)
         missing.update(begun)
         for expert in experts:
             if expert not in self._resident[layer] and expert not in begun.values():
@@ -155,18 +176,18 @@ class ExpertCache:
         queue: deque[tuple[int, int]],
         landing: dict[int, int],
         staged: set[int],
+        ahead: dict[int, int],
         most: int,
     ) -> None:
-        """Queue experts in order: resident ones freely, others while a slot for them is free."""
+        """Queue experts in order: resident ones and those read `ahead` freely, others while there is a slot."""
         resident, counts = self._resident[layer], self._layer_stats[layer]
-        begun = {expert: slot for slot, expert in landing.items()}  # ahead of the stream, or by it
-        while waiting and len(queue) < max(most, 2 * _MAX_READ_AHEAD):
+        while waiting and len(queue) < max(most, 2 * _MAX_IN_FLIGHT):
             expert = waiting[0]
             slot = resident.get(expert)
             if slot is not None:
                 counts.hits += 1
-            elif expert in begun:
-                slot = begun[expert]
+            elif expert in ahead:
+                slot = ahead[expert]
                 counts.misses += 1
             else:
                 slot = self._arena.take()
@@ -180,6 +201,25 @@ class ExpertCache:
                 counts.misses += 1
             queue.append((expert, slot))
             waiting.popleft()
+
+    def _read_on(self, then: tuple[int, Sequence[int]] | None) -> None:
+        """Start reading for the stream after this one, into slots that are free or staging."""
+        if then is None:
+            return
+        layer, experts = then
+        ahead = [*self._foreseen.values(), *self._arrived.values()]
+        known = {expert for owner, expert in ahead if owner == layer}
+        for expert in experts:
+            # One staging slot stays: the next stream may begin with an expert that nobody has foreseen.
+            if len(known) >= _MAX_STAGING or (len(self._staging) < 2 and not self._arena.free):
+                return
+            if expert not in self._resident[layer] and expert not in known:
+                known.add(expert)
+                slot = self._arena.take()
+                if slot is None:
+                    slot = self._staging.pop()
+                    self._passing.add(slot)
+                self._submit_ahead(layer, expert, slot)
 
     def _land(self, layer: int, landing: dict[int, int], keep_resident: set[int]) -> Ready:
         """Wait for reads; landed experts become resident unless their slot is in `keep_resident` (staging).
@@ -224,8 +264,13 @@ class ExpertCache:
         if foreseen is None:  # of a request that Ctrl-C stopped twice, its slot belongs to nobody any more
             return
         layer, expert = foreseen
+        passing = slot in self._passing
+        self._passing.discard(slot)
         if error or self._damage(layer, expert, slot):
             self._arena.give_back(slot)
+            return
+        if passing:
+            self._arrived[slot] = foreseen
             return
         self._resident[layer][expert] = slot
         self._policy.insert(layer, expert)
@@ -245,6 +290,19 @@ class ExpertCache:
         self._wasted -= len(mine) * self._layers[layer][1]
         return mine
 
+    def _claim_arrived(self, layer: int, experts: set[int]) -> dict[int, int]:
+        """expert -> slot of those that have arrived ahead of a stream; what it does not want gives its slot back."""
+        mine: dict[int, int] = {}
+        for slot, (owner, expert) in self._arrived.items():
+            if owner == layer and expert in experts and expert not in self._resident[layer]:
+                mine[expert] = slot
+            else:
+                self._staging.append(slot)
+        self._arrived.clear()
+        self._layer_stats[layer].foreseen += len(mine)
+        self._wasted -= len(mine) * self._layers[layer][1]
+        return mine
+
     def _foresee(self, layer: int, experts: Sequence[int], using: int, keep: set[int]) -> None:
         """Start reading experts of a coming step; `keep` of layer `using` must stay."""
         known = set(self._foreseen.values())
@@ -254,9 +312,12 @@ class ExpertCache:
             slot = self._take(using, keep)
             if slot is None:
                 return
-            self._foreseen[slot] = (layer, expert)
-            self._wasted += self._layers[layer][1]
-            self._submit(layer, expert, slot)
+            self._submit_ahead(layer, expert, slot)
+
+    def _submit_ahead(self, layer: int, expert: int, slot: int) -> None:
+        self._foreseen[slot] = (layer, expert)
+        self._wasted += self._layers[layer][1]
+        self._submit(layer, expert, slot)
 
     def _make_room(self, slots: int) -> None:
         """Wait for the reads ahead if so many slots cannot be had beside them; only in the smallest pools."""
@@ -292,6 +353,7 @@ class ExpertCache:
                 self._arena.give_back(slot)
         landing.clear()
         self._foreseen.clear()
+        self._passing.clear()
         self._queue.clear()
 
     def _damage(self, layer: int, expert: int, slot: int) -> str:
@@ -321,13 +383,14 @@ class ExpertCache:
         self._policy.remove(*victim)
         return self._resident[victim[0]].pop(victim[1])
 
-    def _fill_staging(self, layer: int, experts: Sequence[int]) -> None:
-        """Staging slots for a stream: taken once, kept from layer to layer until the next request."""
+    def _fill_staging(self, layer: int, experts: Sequence[int], passing: int) -> None:
+        """Staging slots for a stream, beside those `passing` already; kept from layer to layer until a request."""
         resident = self._resident[layer]
         missing = sum(expert not in resident for expert in experts)
         if missing <= self._arena.free:
             return
-        wanted = max(1, min(_MAX_READ_AHEAD, self._arena.count // 2, missing))
+        share = min(max(2 * _MAX_IN_FLIGHT, self._arena.count // _STAGING_SHARE), _MAX_STAGING)
+        wanted = max(1, min(share, self._arena.count // 2, missing) - passing)
         keep = set(experts)
         while len(self._staging) < wanted:
             slot = self._take(layer, keep)
@@ -337,6 +400,8 @@ class ExpertCache:
             self._staging.append(slot)
 
     def _return_staging(self) -> None:
+        self._staging += self._arrived
+        self._arrived.clear()
         while self._staging:
             self._arena.give_back(self._staging.pop())
 
