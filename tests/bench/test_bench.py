@@ -81,7 +81,7 @@ def test_what_a_token_reads_and_multiplies(bench: Workbench) -> None:
 def test_a_filled_context_goes_on_where_a_prompt_would(bench: Workbench) -> None:
     bench.fill_context(40)
     assert np.isfinite(bench.engine.feed([1, 2], "last")).all()
-    assert bench.engine._parts.state.position == 42
+    assert bench.engine._parts.states[0].position == 42
     with pytest.raises(ConfigError, match="context of 64"):
         bench.fill_context(64)
 

@@ -35,7 +35,7 @@ def lookahead(step: Any, mode: str) -> Lookahead:
 def test_the_most_probable_missing_experts_are_read() -> None:
     step: Any = Step(resident=[7, 4])
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [7, 1, 4, 9, 2]))
+    ahead.guess(lambda: (3, [7, 1, 4, 9, 2]), 1)
     ahead.read(step)
     assert step.read == [(3, [1, 9, 2][:AHEAD])]
     ahead.judge(3, [1, 4, 7])
@@ -45,7 +45,7 @@ def test_the_most_probable_missing_experts_are_read() -> None:
 def test_needed_reads_come_first() -> None:
     step: Any = Step(outstanding=5)
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [1]))
+    ahead.guess(lambda: (3, [1]), 1)
     ahead.read(step)
     assert step.read == []
     step.outstanding = 0
@@ -57,14 +57,14 @@ def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
     step: Any = Step()
     ahead = lookahead(step, "auto")
     for _ in range(10):
-        ahead.guess(lambda: (1, [0, 1]))
+        ahead.guess(lambda: (1, [0, 1]), 1)
         ahead.judge(1, [5, 6])
     assert not ahead.reading
-    ahead.guess(lambda: (1, [0, 1]))
+    ahead.guess(lambda: (1, [0, 1]), 1)
     ahead.read(step)
     assert step.read == []
     for _ in range(16 * 60):  # only now and then is a guess still made
-        ahead.guess(lambda: (1, [0, 1]))
+        ahead.guess(lambda: (1, [0, 1]), 1)
         ahead.judge(1, [0, 1])
     assert ahead.reading
 
@@ -72,7 +72,7 @@ def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
 def test_a_guess_for_another_layer_is_not_judged() -> None:
     step: Any = Step()
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [1]))
+    ahead.guess(lambda: (3, [1]), 1)
     ahead.judge(0, [2])
     assert ahead.guesses == 0
 
@@ -83,7 +83,7 @@ def test_off_asks_nobody() -> None:
 
     step: Any = Step()
     ahead = lookahead(step, "off")
-    ahead.guess(fail)
+    ahead.guess(fail, 1)
     ahead.read(step)
     assert step.read == []
 

@@ -6,7 +6,7 @@ What the outside may rely on is this class; text, templates and servers are buil
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.sampler import Sampler
 from flashmoe.errors import PromptError
+from flashmoe.models.qwen3_5_moe import SequenceState
 from flashmoe.nn.weights import F32
 
 
@@ -37,6 +38,8 @@ class EngineOptions:
     io: "auto", "direct" or "buffered".
     lookahead: "auto" reads likely experts of the next layer into idle time of the drive while that helps, "on"
     always, "off" never.
+    sequences: how many can be processed side by side (1 to 16), each with its own context.
+    prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -50,6 +53,8 @@ class EngineOptions:
     prefill_chunk: int | None = None
     expert_slots: int | None = None
     verify_reads: bool = False
+    sequences: int = 1
+    prefix_cache_bytes: int = 0
     lookahead: str = "auto"
 
 
@@ -104,7 +109,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin a new, empty sequence."""
-        self._parts.state.clear()
+        self._parts.states[0].clear()
 
     def feed(self, ids: list[int], logits_of: str = "all") -> F32:
         """Append tokens to the sequence; logits [rows, vocab] float32 of "all", the "last" or "none" of them.
@@ -112,16 +117,42 @@ class Engine:
         Raises PromptError when an id is not in the vocabulary or the context is full, ReadError when an expert
         cannot be read; after either, start() again.
         """
-        self._check(ids)
+        self.check(ids)
+        self._check_room(self._parts.states[0], len(ids))
         chunk = self.plan.prefill_chunk
         rows = []
         for begin in range(0, len(ids), chunk):
             part = np.array(ids[begin : begin + chunk], np.int32)
             wanted = logits_of if logits_of == "all" or begin + chunk >= len(ids) else "none"
-            logits = self._parts.model.forward(part, self._parts.state, self._parts.experts, wanted)
+            logits = self._parts.model.forward(part, self._parts.states[0], self._parts.experts, wanted)
             if wanted != "none" or begin + chunk >= len(ids):
                 rows.append(logits.copy() if logits_of == "all" else logits)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    @property
+    def states(self) -> list[SequenceState]:
+        """The sequences' states; the first is the one that feed() advances."""
+        return self._parts.states
+
+    def step(self, parts: Sequence[tuple[SequenceState, Sequence[int]]], wanted: list[int]) -> F32:
+        """Append tokens to several distinct sequences in one pass over the weights.
+
+        Logits float32 [len(wanted), vocab] of the last token of each parts[i], i in `wanted`; valid until the next
+        call.  At most plan.prefill_chunk tokens in all.  No sequence's bits depend on the others.  Raises what feed()
+        raises; after a ReadError all these states must be cleared.
+        """
+        ids: list[int] = []
+        owned, lasts = [], []
+        for state, tokens in parts:
+            self.check(tokens)
+            self._check_room(state, len(tokens))
+            owned.append((state, slice(len(ids), len(ids) + len(tokens))))
+            ids += tokens
+            lasts.append(len(ids) - 1)
+        if len(ids) > self.plan.prefill_chunk:
+            raise PromptError(f"{len(ids)} tokens in one step: at most {self.plan.prefill_chunk} fit")
+        rows = [lasts[i] for i in wanted] or slice(0)
+        return self._parts.model.forward_batch(np.array(ids, np.int32), owned, self._parts.experts, rows)
 
     def logits(self, ids: list[int]) -> F32:
         """Logits [tokens, vocab] float32 of every position of a fresh sequence."""
@@ -203,7 +234,8 @@ class Engine:
         busy = seconds - self._decode_reads[2]
         return (nbytes - self._decode_reads[1]) / busy if busy > 0 else 0.0
 
-    def _check(self, ids: list[int]) -> None:
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises PromptError when there are no ids, or one is outside the vocabulary."""
         if not ids:
             raise PromptError("no tokens to process: give at least one")
         vocab = self._parts.model.config.vocab_size
@@ -211,10 +243,11 @@ class Engine:
             raise PromptError(
                 f"a token id is outside the vocabulary of {vocab}: use the bundle's own tokenizer"
             )
-        used = self._parts.state.position
-        if used + len(ids) > self.plan.context:
+
+    def _check_room(self, state: SequenceState, more: int) -> None:
+        if state.position + more > self.plan.context:
             raise PromptError(
-                f"{used + len(ids)} tokens do not fit the context of {self.plan.context}: raise --context"
+                f"{state.position + more} tokens do not fit the context of {self.plan.context}: raise --context"
             )
 
 

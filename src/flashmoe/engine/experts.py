@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from flashmoe.bundle.codecs import FfnLayout
-from flashmoe.engine.lookahead import AHEAD, Lookahead
-from flashmoe.kernels.cpu import CpuOps, FfnWeights
-from flashmoe.nn.moe import Foresight
+from flashmoe.engine.lookahead import Lookahead
+from flashmoe.kernels.cpu import CpuOps
+from flashmoe.nn.moe import FEW, Foresight
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
@@ -20,6 +20,37 @@ _MIN_SLOTS_AHEAD = 4  # times the experts of one step
 # A prompt that asks this share of one layer's experts probably asks for nearly all of the next one's.
 _READ_ON_SHARE = 0.75
 _MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
+
+
+class _Pairs:
+    """The (token, expert) pairs of a call, by ascending expert and then token.
+
+    tokens int32, weights [pairs]; experts: the distinct ones; expert i owns the pairs bounds[i] to bounds[i + 1].
+    """
+
+    __slots__ = ("_index", "bounds", "experts", "rows", "tokens", "weights")
+
+    def __init__(self, chosen: I32, weights: F32) -> None:
+        count, k = chosen.shape
+        flat = chosen.ravel()
+        order = flat.argsort(kind="stable")
+        self.weights: F32 = weights.ravel()[order]
+        if count == 1:  # numpy's unique would cost 10 us a layer
+            self.tokens: I32 = np.zeros(k, np.int32)
+            self.experts: list[int] = flat[order].tolist()
+            self.bounds = list(range(k + 1))
+        else:
+            self.tokens = (order // k).astype(np.int32)
+            experts, starts = np.unique(flat[order], return_index=True)
+            self.experts = experts.tolist()
+            self.bounds = [*starts.tolist(), count * k]
+        self.rows: I32 = np.arange(count, count * (k + 1), dtype=np.int32)
+        self._index = {expert: i for i, expert in enumerate(self.experts)}
+
+    def range_of(self, expert: int) -> tuple[int, int]:
+        """The expert's pairs."""
+        i = self._index[expert]
+        return self.bounds[i], self.bounds[i + 1]
 
 
 class StreamedExperts:
@@ -41,16 +72,14 @@ class StreamedExperts:
     ) -> None:
         """layouts: layer -> layout of its records; experts: of each layer."""
         self._ops, self._cache = ops, cache
-        # A small pool cannot lend slots: what it holds for the step would leave.
-        small = arena.count < _MIN_SLOTS_AHEAD * max(AHEAD, cache.experts_per_token)
-        self.lookahead = Lookahead(cache, "off" if small else lookahead)
-        self._everyone, self._successor = range(experts), dict(itertools.pairwise(layouts))
+        self.lookahead = Lookahead(cache, lookahead)
+        self._every_expert, self._successor = range(experts), dict(itertools.pairwise(layouts))
+        self._everyone, self._slots = np.arange(FEW, dtype=np.int32), arena.count
         self._base, self._stride = arena.address, arena.record_nbytes
         self._layouts = {
             layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
         }
         self._inputs = {group: ops.token_input() for group in (32, 64)}
-        self._rows = np.arange(1, dtype=np.int32)
         self._y: F32 = np.empty((0, 0), np.float32)
 
     def run(
@@ -68,100 +97,109 @@ class StreamedExperts:
         layout, group = self._layouts[layer]
         for needed in {group, shared.group}:
             self._ops.prepare(self._inputs[needed], x, needed)
-        if x.shape[0] == 1:
-            self._one_token(layer, layout, group, chosen, weights, shared, shared_weights, out, foresight)
+        out.fill(0)
+        block = (self._inputs[shared.group], shared.layout, shared.address)
+        pairs = _Pairs(chosen, weights)
+        # A request holds all its experts at once; a pool that it would fill serves a prompt's stream better.
+        if len(x) == 1 or (len(x) <= FEW and 2 * len(pairs.experts) <= self._slots):
+            self._few_tokens(layer, layout, group, pairs, block, shared_weights, out, foresight)
         else:
-            self._many_tokens(layer, layout, group, chosen, weights, shared, shared_weights, out)
+            self._many_tokens(layer, layout, group, pairs, block, shared_weights, out)
 
-    def _one_token(
+    def _few_tokens(
         self,
         layer: int,
         layout: Any,
         group: int,
-        chosen: I32,
-        weights: F32,
-        shared: FfnWeights,
+        pairs: _Pairs,
+        block: tuple[Any, Any, int],
         shared_weights: F32,
         out: F32,
         foresight: Foresight | None,
     ) -> None:
-        ops, k, lookahead = self._ops, chosen.shape[1], self.lookahead
-        if self._y.shape != (k + 1, out.shape[1]):
-            self._y = np.empty((k + 1, out.shape[1]), np.float32)
-            self._rows = np.arange(k + 1, dtype=np.int32)
-            self._zeros = np.zeros(k + 1, np.int32)
-            self._factors = np.empty(k + 1, np.float32)
-        order = chosen[0].argsort()
-        experts = chosen[0][order].tolist()
-        block = (self._inputs[shared.group], shared.layout, shared.address)
-        self._factors[0] = shared_weights[0]
-        self._factors[1:] = weights[0][order]
-        out.fill(0)
+        """Experts are computed as they land; results are kept apart and summed in the end, in their order."""
+        ops, lookahead, tokens = self._ops, self.lookahead, len(out)
+        everyone, experts = self._everyone[:tokens], pairs.experts
+        rows = np.concatenate([everyone, pairs.tokens])
+        factors = np.concatenate([shared_weights, pairs.weights])
+        if self._slots < _MIN_SLOTS_AHEAD * len(experts):
+            foresight = None  # a small pool cannot lend slots: what it holds for the step would leave
         lookahead.judge(layer, experts)
         with self._cache.request(layer, experts) as request:
-            if len(request.hits) == k:  # nothing to wait for: summed on the way
-                lookahead.guess(foresight)
+            if len(request.hits) == len(experts):  # nothing to wait for: summed on the way
+                lookahead.guess(foresight, tokens)
                 lookahead.read(request)
-                self._run_ready(layout, group, experts, request.hits, block, self._zeros, out, self._factors)
+                addresses = [self._base + slot * self._stride for _, slot in request.hits]
+                offsets = [tokens + bound for bound in pairs.bounds]
+                ops.expert_ffn(
+                    self._inputs[group], layout, addresses, offsets, rows, rows, out, factors, block
+                )
                 return
-            self._run_ready(layout, group, experts, request.hits, block, self._rows, self._y)
-            lookahead.guess(foresight)
+            y = self._results(tokens + len(pairs.tokens), out.shape[1])
+            self._run_ready(layout, group, pairs, request.hits, everyone, block, y)
+            lookahead.guess(foresight, tokens)
             while ready := request.next_ready():
                 lookahead.read(request)
-                self._run_ready(layout, group, experts, ready, None, self._rows, self._y)
-        ops.combine(self._y, self._zeros, self._factors, out)
+                self._run_ready(layout, group, pairs, ready, everyone[:0], None, y)
+        ops.combine(y, rows, factors, out)
 
     def _run_ready(
         self,
         layout: Any,
         group: int,
-        experts: list[int],
+        pairs: _Pairs,
         ready: list[tuple[int, int]],
-        shared: Any,
-        rows: I32,
-        out: F32,
-        factors: F32 | None = None,
+        shared: I32,
+        block: Any,
+        y: F32,
     ) -> None:
-        """One call for these experts, and for the shared block if given; expert i's result goes to rows[1 + i]."""
+        """One call for these experts, and for the tokens `shared` of the shared block; pair p's result is y[T + p]."""
+        offsets, tokens, rows = [len(shared)], [shared], [shared]
+        for expert, _ in ready:
+            begin, end = pairs.range_of(expert)
+            offsets.append(offsets[-1] + end - begin)
+            tokens.append(pairs.tokens[begin:end])
+            rows.append(pairs.rows[begin:end])
         addresses = [self._base + slot * self._stride for _, slot in ready]
-        first = 0 if shared is None else 1
-        mine = [0] * first + [1 + experts.index(expert) for expert, _ in ready]
-        n = len(mine)
-        offsets = list(range(first, n + 1))
         self._ops.expert_ffn(
-            self._inputs[group], layout, addresses, offsets, self._zeros[:n], rows[mine], out, factors, shared
+            self._inputs[group],
+            layout,
+            addresses,
+            offsets,
+            np.concatenate(tokens),
+            np.concatenate(rows),
+            y,
+            None,
+            block,
         )
+
+    def _results(self, rows: int, width: int) -> F32:
+        if self._y.shape[0] < rows or self._y.shape[1] != width:
+            self._y = np.empty((rows, width), np.float32)
+        return self._y
 
     def _many_tokens(
         self,
         layer: int,
         layout: Any,
         group: int,
-        chosen: I32,
-        weights: F32,
-        shared: FfnWeights,
+        pairs: _Pairs,
+        block: tuple[Any, Any, int],
         shared_weights: F32,
         out: F32,
     ) -> None:
-        ops, (count, k) = self._ops, chosen.shape
+        ops, count = self._ops, len(out)
         everyone = np.arange(count, dtype=np.int32)
-        out.fill(0)
-        block = (self._inputs[shared.group], shared.layout, shared.address)
-        everyone_first = [count]
         ops.expert_ffn(
-            self._inputs[group], layout, [], everyone_first, everyone, everyone, out, shared_weights, block
+            self._inputs[group], layout, [], [count], everyone, everyone, out, shared_weights, block
         )
-        pairs = chosen.ravel().argsort(kind="stable")
-        tokens = (pairs // k).astype(np.int32)
-        factors = weights.ravel()[pairs]
-        experts, starts = np.unique(chosen.ravel()[pairs], return_index=True)
-        bounds = [*starts.tolist(), count * k]
+        experts, bounds, tokens = pairs.experts, pairs.bounds, pairs.tokens
         # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
         done = 0
         then = None
-        if layer in self._successor and len(experts) >= _READ_ON_SHARE * len(self._everyone):
-            then = self._successor[layer], self._everyone
-        for batch in self._cache.stream(layer, experts.tolist(), _MAX_BATCH, then):
+        if layer in self._successor and len(experts) >= _READ_ON_SHARE * len(self._every_expert):
+            then = self._successor[layer], self._every_expert
+        for batch in self._cache.stream(layer, experts, _MAX_BATCH, then):
             for ready in _parts(batch, bounds, done, count):
                 ends = bounds[done : done + len(ready) + 1]
                 begin, end = ends[0], ends[-1]
@@ -174,7 +212,7 @@ class StreamedExperts:
                     mine,
                     mine,
                     out,
-                    factors[begin:end],
+                    pairs.weights[begin:end],
                 )
                 done += len(ready)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # A context nobody asked for should not take memory from the experts: 8,192 tokens of the 35B are 160 MiB.
 DEFAULT_CONTEXT = 8192
 QUEUE_DEPTH = 8
+MAX_SEQUENCES = 16  # decoded together: the tokens of the smallest step that every memory plan has room for
 _IO_MODES = {"auto": "auto", "direct": "on", "buffered": "off"}
 
 
@@ -48,7 +49,7 @@ class Parts:
     cache: ExpertCache
     experts: StreamedExperts
     model: Qwen35Moe
-    state: SequenceState
+    states: list[SequenceState]  # one for each sequence that a step can hold
     drive_bandwidth: float
     token_nbytes: int  # memory that one decoded token must read
     memory_bandwidth: float | None = None
@@ -76,6 +77,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
         context=context,
         kv_cache=kv_cache,
         embedding_nbytes=table_nbytes(bundle),
+        sequences=options.sequences,
+        prefix_cache_nbytes=options.prefix_cache_bytes,
     )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
     files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
@@ -101,8 +104,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
         config.num_experts,
     )
     token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
-    state = model.new_state(kv_dtype)
-    return Parts(bundle, plan, ops, reader, weights, cache, experts, model, state, drive, token_nbytes)
+    states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
+    return Parts(bundle, plan, ops, reader, weights, cache, experts, model, states, drive, token_nbytes)
 
 
 def model_demand(
@@ -116,20 +119,24 @@ def model_demand(
     context: int | None,
     kv_cache: str = "f16",
     embedding_nbytes: int = 0,
+    sequences: int = 1,
+    prefix_cache_nbytes: int = 0,
 ) -> memory.Demand:
     """What the planner must know of a model; context None is the default one."""
     decoder = family.decoder_class()
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     return memory.Demand(
         resident_nbytes=resident_nbytes,
-        state_nbytes=decoder.state_nbytes(config, context, CACHE_DTYPES[kv_cache]),
-        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens),
+        state_nbytes=decoder.state_nbytes(config, context, CACHE_DTYPES[kv_cache], sequences)
+        + prefix_cache_nbytes,
+        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens, sequences),
         record_nbytes=record_nbytes,
         experts=experts,
         min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,
         context=context,
         embedding_nbytes=embedding_nbytes,
         kv_cache=kv_cache,
+        sequences=sequences,
     )
 
 
@@ -140,6 +147,10 @@ def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 1 <= options.sequences <= MAX_SEQUENCES:
+        raise ConfigError(
+            f"--parallel must be between 1 and {MAX_SEQUENCES} sequences, got {options.sequences}"
+        )
     if options.lookahead not in LOOKAHEAD_MODES:
         raise ConfigError(
             f"unknown --lookahead {options.lookahead!r}: choose one of {', '.join(LOOKAHEAD_MODES)}"

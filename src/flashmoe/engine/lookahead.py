@@ -51,15 +51,18 @@ class Lookahead:
             self.right += right
             self.accuracy = _MEMORY * self.accuracy + (1 - _MEMORY) * right
 
-    def guess(self, foresight: Foresight | None) -> None:
-        """The most probable experts of the next layer that would have to be read.  Call it while reads are awaited."""
+    def guess(self, foresight: Foresight | None, tokens: int) -> None:
+        """The most probable experts of the next layer that would have to be read.  Call it while reads are awaited.
+
+        tokens: of the step, each with AHEAD experts.
+        """
         if foresight is None or self._mode == "off":
             return
         if not self.reading and self._steps % _PROBE:
             return
         layer, experts = foresight()
         resident = self._cache.resident_experts(layer)
-        self._pending = layer, [expert for expert in experts if expert not in resident][:AHEAD]
+        self._pending = layer, [expert for expert in experts if expert not in resident][: AHEAD * tokens]
 
     def read(self, request: Request) -> None:
         """Begin to read what was guessed if the request waits for almost nothing any more."""

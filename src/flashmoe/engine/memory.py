@@ -38,6 +38,7 @@ class Demand:
         0  # left on the drive unless everything else fits: 0.5 ms a token at the 35B shape
     )
     kv_cache: str = "f16"
+    sequences: int = 1  # that the state holds side by side
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class MemoryPlan:
     context: int
     embedding_resident: bool = False  # counted in resident_nbytes
     kv_cache: str = "f16"
+    sequences: int = 1
 
     @property
     def slots_nbytes(self) -> int:
@@ -72,7 +74,8 @@ class MemoryPlan:
             (
                 "state",
                 self.state_nbytes,
-                f"one sequence of up to {self.context} tokens, KV cache {self.kv_cache}",
+                f"{'one sequence' if self.sequences == 1 else f'{self.sequences} sequences'} of up to "
+                f"{self.context} tokens, KV cache {self.kv_cache}",
             ),
             ("workspace", self.workspace_nbytes, f"prefill in chunks of {self.prefill_chunk} tokens"),
             ("expert slots", self.slots_nbytes, f"{self.slots} of {self.experts} experts ({share:.0%})"),
@@ -128,6 +131,7 @@ def make_plan(
         context=demand.context,
         embedding_resident=embedding,
         kv_cache=demand.kv_cache,
+        sequences=demand.sequences,
     )
 
 

@@ -77,7 +77,7 @@ class Workbench:
                 f"a context of {self.engine.plan.context} cannot hold {tokens} tokens and a new one"
             )
         self.engine.start()
-        state, rng = self._parts.state, np.random.default_rng(0)
+        state, rng = self._parts.states[0], np.random.default_rng(0)
         for layer in state.layers:
             if isinstance(layer, KeyValueCache):
                 _fill(layer, tokens, rng)
@@ -86,7 +86,7 @@ class Workbench:
     def step_nbytes(self, context: int) -> int:
         """Bytes of weights, states, keys and values that one decoded token reads at least."""
         total = self._parts.token_nbytes
-        for layer in self._parts.state.layers:
+        for layer in self._parts.states[0].layers:
             if isinstance(layer, KeyValueCache):
                 total += layer.position_nbytes * context
         return total

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.nn.attention import AttentionShape, GatedAttention, KeyValueCache, RotaryTable
 from flashmoe.nn.delta_net import DeltaNetShape, DeltaNetState, GatedDeltaNet
-from flashmoe.nn.moe import DenseMlp, Experts, Foresight, MoeShape, SparseMoe
+from flashmoe.nn.moe import FEW, DenseMlp, Experts, Foresight, MoeShape, SparseMoe
 from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
-
-LayerState = DeltaNetState | KeyValueCache
 
 
 class SequenceState:
     """All that one sequence carries: its length and every layer's cache or recurrent state."""
 
-    def __init__(self, layers: list[LayerState]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers  # DeltaNetState or KeyValueCache, as the layer's mixer is
         self.position = 0
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Views of all that the sequence's `position` tokens have left: copies of them are a snapshot of it."""
+        return [array for layer in self.layers for array in layer.arrays(self.position)]
+
+    def restore(self, position: int, arrays: Sequence[NDArray[Any]]) -> None:
+        """Become the sequence that a snapshot (copies of arrays() at `position`) was taken of."""
+        self.position = position
+        for mine, saved in zip(self.arrays(), arrays, strict=True):
+            mine[...] = saved
 
     def clear(self) -> None:
         """Start a new sequence in the same memory."""
         self.position = 0
         for layer in self.layers:
             layer.clear()
+
+
+BatchPart = tuple[SequenceState, slice]
 
 
 class Qwen35Moe:
@@ -77,7 +87,7 @@ class Qwen35Moe:
     def new_state(self, kv_dtype: DTypeLike) -> SequenceState:
         """An empty sequence of at most `context` tokens."""
         config = self.config
-        layers: list[LayerState] = []
+        layers: list[Any] = []
         for i in range(config.num_hidden_layers):
             if config.is_linear(i):
                 layers.append(DeltaNetState.zeros(delta_net_shape(config)))
@@ -86,9 +96,17 @@ class Qwen35Moe:
         return SequenceState(layers)
 
     def forward(self, ids: I32, state: SequenceState, experts: Experts, logits_of: str = "last") -> F32:
-        """Append tokens to the sequence; logits [rows, vocab] of "all" positions, of the "last" or of "none".
+        """Append tokens to one sequence; logits [rows, vocab] of "all" positions, of the "last" or of "none"."""
+        rows = {"all": slice(None), "last": slice(-1, None), "none": slice(0)}[logits_of]
+        return self.forward_batch(ids, [(state, slice(0, len(ids)))], experts, rows)
 
-        The array is reused by the next call.  When a read fails the state is left half advanced: clear it.
+    def forward_batch(
+        self, ids: I32, parts: Sequence[BatchPart], experts: Experts, rows: slice | list[int]
+    ) -> F32:
+        """Append tokens to several sequences: ids [tokens] of one after the other, each with its range of them.
+
+        Logits [len(rows), vocab] of the wanted rows; the array is reused by the next call.  No sequence's results
+        depend on the others.  When a read fails all states are left half advanced: clear them.
         """
         ops, work, eps, tokens = self._ops, self._work, self.config.rms_norm_eps, len(ids)
         x = work.get("x", (tokens, self.config.hidden_size))
@@ -101,30 +119,28 @@ class Qwen35Moe:
                 ops.rms_norm(x, first, eps, h)
             else:
                 ops.add_rms_norm(x, delta, first, eps, h)
-            layer = state.layers[i]
             if isinstance(mixer, GatedDeltaNet):
-                assert isinstance(layer, DeltaNetState)
-                mixer(h, layer, work, delta)
+                mixer(h, [(state.layers[i], own) for state, own in parts], work, delta)
             else:
-                assert isinstance(layer, KeyValueCache)
-                mixer(h, layer, state.position, work, delta)
+                mixer(h, [(state.layers[i], state.position, own) for state, own in parts], work, delta)
             ops.add_rms_norm(x, delta, second, eps, h)
             self._ffns[i](h, experts, work, delta, self._foresight(i + 1, x))
         ops.add_rms_norm(x, delta, self._final_norm, eps, h)
-        state.position += tokens
-        return self._logits(h, logits_of)
+        for state, own in parts:
+            state.position += own.stop - own.start
+        return self._logits(h[rows])
 
     @staticmethod
-    def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike) -> int:
-        """Bytes that grow with the context when it is full: state, rotary tables, the kernels' partial results."""
-        total = RotaryTable.nbytes_of(context, config.rotary_dim)
-        total += KeyValueCache.parts_nbytes(attention_shape(config), context)
+    def state_nbytes(config: Qwen35Config, context: int, kv_dtype: DTypeLike, sequences: int = 1) -> int:
+        """Bytes that grow with the context when it is full: states, rotary tables, the kernels' partial results."""
+        each = 0
         for i in range(config.num_hidden_layers):
             if config.is_linear(i):
-                total += DeltaNetState.nbytes_of(delta_net_shape(config))
+                each += DeltaNetState.nbytes_of(delta_net_shape(config))
             else:
-                total += KeyValueCache.nbytes_of(attention_shape(config), context, kv_dtype)
-        return total
+                each += KeyValueCache.nbytes_of(attention_shape(config), context, kv_dtype)
+        shared = RotaryTable.nbytes_of(context, config.rotary_dim)
+        return sequences * each + shared + KeyValueCache.parts_nbytes(attention_shape(config), context)
 
     @staticmethod
     def state_traffic(config: Qwen35Config) -> int:
@@ -133,14 +149,19 @@ class Qwen35Moe:
         return 2 * layers * DeltaNetState.nbytes_of(delta_net_shape(config))
 
     @staticmethod
-    def workspace_nbytes(config: Qwen35Config, tokens: int) -> int:
-        """Upper bound of the scratch memory of a call with `tokens` tokens, kernels' own scratch included."""
+    def workspace_nbytes(config: Qwen35Config, tokens: int, sequences: int = 1) -> int:
+        """Upper bound of the scratch memory of a call with `tokens` tokens, kernels' own scratch included.
+
+        sequences: of which the logits are wanted.
+        """
         delta, attention = delta_net_shape(config), attention_shape(config)
         width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
         per_token = 3 * config.hidden_size
         per_token += max(delta.channels, width) + delta.channels + delta.values + 2 * delta.value_heads
         per_token += 3 * width + 2 * kv_width
         per_token += config.num_experts + 3 * config.num_experts_per_tok + 2
+        if tokens <= FEW:  # results of experts kept apart, as they land in any order
+            per_token += (config.num_experts_per_tok + 1) * config.hidden_size
         # Kernels: the two planes of an input (a bit over half a float a value), gathered once more for up to two
         # chunks of pairs, whose hidden rows and their planes stand beside them; the recurrence's keys and queries of
         # 256 tokens.
@@ -148,11 +169,11 @@ class Qwen35Moe:
         hidden_rows = max(config.moe_intermediate_size, config.shared_expert_intermediate_size)
         per_token += 2 * widest + 2 * config.hidden_size + 4 * hidden_rows
         recurrence = 2 * delta.value_heads * (delta.key_dim + 4) * min(tokens, 256)
-        return 4 * (per_token * tokens + recurrence + config.vocab_size)
+        return 4 * (per_token * tokens + recurrence + sequences * config.vocab_size)
 
     def _foresight(self, layer: int, x: F32) -> Foresight | None:
-        """What `layer` would ask for if the layers before it added nothing to the stream x [1, hidden]."""
-        if x.shape[0] != 1 or layer == len(self._ffns) or not isinstance(self._ffns[layer], SparseMoe):
+        """What `layer` would ask for if the layers before it added nothing to the stream x [tokens, hidden]."""
+        if x.shape[0] > FEW or layer == len(self._ffns) or not isinstance(self._ffns[layer], SparseMoe):
             return None
         return functools.partial(self._foresee, layer, x)
 
@@ -163,12 +184,10 @@ class Qwen35Moe:
         self._ops.rms_norm(x, self._norms[layer][1], self.config.rms_norm_eps, h)
         return ffn.foresee(h, self._work)
 
-    def _logits(self, h: F32, logits_of: str) -> F32:
-        if logits_of == "none":
-            return np.empty((0, self.config.vocab_size), np.float32)
-        rows = h if logits_of == "all" else h[-1:]
-        logits: F32 = self._work.get("logits", (rows.shape[0], self.config.vocab_size))
-        self._ops.linear(rows, self._head, [logits], True)
+    def _logits(self, h: F32) -> F32:
+        logits: F32 = self._work.get("logits", (h.shape[0], self.config.vocab_size))
+        if len(h):
+            self._ops.linear(h, self._head, [logits], True)
         return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -71,8 +72,17 @@ class KeyValueCache:
         tasks = shape.kv_heads * -(-shape.heads // (8 * shape.kv_heads))
         return tasks * -(-context // 256) * 8 * 4 * (-(-shape.head_dim // 16) * 16 + 2)
 
+    def arrays(self, position: int) -> list[NDArray[Any]]:
+        """Views of the blocks that hold the first `position` positions."""
+        blocks = -(-position // POSITIONS)
+        return [self.keys[:, :blocks], self.values[:, :blocks]]
+
     def clear(self) -> None:
         """Nothing to do: positions beyond the sequence are never read."""
+
+
+# A sequence's share of a call: its cache, its tokens before the call, and its rows.
+CachePart = tuple[KeyValueCache, int, slice]
 
 
 class GatedAttention:
@@ -92,8 +102,8 @@ class GatedAttention:
         self._q_norm = weights.vector(prefix + "q_norm", shape.head_dim)
         self._k_norm = weights.vector(prefix + "k_norm", shape.head_dim)
 
-    def __call__(self, x: F32, cache: KeyValueCache, position: int, work: Workspace, out: F32) -> None:
-        """x, out: [tokens, hidden]; position: tokens of the sequence before this call."""
+    def __call__(self, x: F32, parts: Sequence[CachePart], work: Workspace, out: F32) -> None:
+        """x, out: [tokens, hidden], of one sequence after the other."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         q_gate = work.get("q_gate", (tokens, 2 * width))
@@ -101,21 +111,21 @@ class GatedAttention:
         v = work.get("v", (tokens, kv_width))
         ops.linear(x, self._projections, [q_gate, k, v])
         q = work.get("q", (tokens, shape.heads, shape.head_dim))
-        cos, sin = self._rotary.cos, self._rotary.sin
-        ops.attention_prepare(
-            q_gate,
-            k,
-            v,
-            self._q_norm,
-            self._k_norm,
-            shape.eps,
-            cos,
-            sin,
-            position,
-            q,
-            cache.keys,
-            cache.values,
-        )
         mixed = work.get("mixed", (tokens, width))
-        ops.attention(q, cache.keys, cache.values, position, q_gate, mixed)
+        for cache, position, rows in parts:
+            ops.attention_prepare(
+                q_gate[rows],
+                k[rows],
+                v[rows],
+                self._q_norm,
+                self._k_norm,
+                shape.eps,
+                self._rotary.cos,
+                self._rotary.sin,
+                position,
+                q[rows],
+                cache.keys,
+                cache.values,
+            )
+            ops.attention(q[rows], cache.keys, cache.values, position, q_gate[rows], mixed[rows])
         ops.linear(mixed, self._out_proj, [out])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,10 @@ class DeltaNetState:
         memory = shape.value_heads * shape.key_dim * shape.value_dim
         return 4 * ((shape.conv_kernel - 1) * shape.channels + memory)
 
+    def arrays(self, position: int) -> list[F32]:
+        """All of it, whatever the position."""
+        return [self.conv, self.memory]
+
     def clear(self) -> None:
         """Back to the state before the first token."""
         self.conv.fill(0)
@@ -80,8 +85,10 @@ class GatedDeltaNet:
         self._dt_bias = weights.vector(prefix + "dt_bias", heads)
         self._norm = weights.vector(prefix + "norm", shape.value_dim)
 
-    def __call__(self, x: F32, state: DeltaNetState, work: Workspace, out: F32) -> None:
-        """x, out: [tokens, hidden]."""
+    def __call__(
+        self, x: F32, parts: Sequence[tuple[DeltaNetState, slice]], work: Workspace, out: F32
+    ) -> None:
+        """x, out: [tokens, hidden], of one sequence after the other; parts: each one's state and rows."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         qkv = work.get("qkv", (tokens, shape.channels))
         z = work.get("z", (tokens, shape.value_heads, shape.value_dim))
@@ -89,10 +96,21 @@ class GatedDeltaNet:
         a = work.get("a", (tokens, shape.value_heads))
         ops.linear(x, self._projections, [qkv, z, b, a])
         mixed = work.get("mixed", (tokens, shape.channels))
-        ops.causal_conv1d(qkv, self._conv, state.conv, mixed)
+        for state, rows in parts:
+            ops.causal_conv1d(qkv[rows], self._conv, state.conv, mixed[rows])
         # The projections have been consumed: the recurrence may write over them.
         read = work.get("qkv", (tokens, shape.value_heads, shape.value_dim))
-        ops.gated_delta_rule(mixed, a, b, self._a_log, self._dt_bias, state.memory, read, shape.key_heads)
+        for state, rows in parts:
+            ops.gated_delta_rule(
+                mixed[rows],
+                a[rows],
+                b[rows],
+                self._a_log,
+                self._dt_bias,
+                state.memory,
+                read[rows],
+                shape.key_heads,
+            )
         gated = work.get("mixed", (tokens, shape.values))
         ops.gated_rms_norm(read, z, self._norm, shape.eps, gated)
         ops.linear(gated, self._out_proj, [out])

@@ -23,6 +23,10 @@ class MoeShape:
     shared_intermediate: int
 
 
+# Tokens of a step whose experts are computed as they land, and foretold for the next layer: sequences that are decoded
+# together.  More are a prompt, and visit the experts in file order.
+FEW = 16
+
 # What a coming layer will probably ask for: (layer, experts, the most probable first).
 Foresight = Callable[[], tuple[int, list[int]]]
 
@@ -76,18 +80,18 @@ class SparseMoe:
         experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out, foresight)
 
     def foresee(self, x: F32, work: Workspace) -> tuple[int, list[int]]:
-        """This layer and the experts that it would choose for x [1, hidden], the most probable first.
+        """This layer and the experts that it would choose for x [tokens, hidden], the most probable first.
 
         With the input that an earlier layer had, this foretells most of what the layer will ask for: the residual
         stream changes little from one layer to the next (arXiv 2312.17238).
         """
-        shape, ops = self._shape, self._ops
-        logits = work.get("foreseen_router", (1, shape.experts))
-        chosen = work.get("foreseen", (1, shape.experts_per_token), np.int32)
-        weights = work.get("foreseen_weights", (1, shape.experts_per_token))
+        shape, ops, tokens = self._shape, self._ops, x.shape[0]
+        logits = work.get("foreseen_router", (tokens, shape.experts))
+        chosen = work.get("foreseen", (tokens, shape.experts_per_token), np.int32)
+        weights = work.get("foreseen_weights", (tokens, shape.experts_per_token))
         ops.linear(x, self._gates[:1], [logits], True)
         ops.route(logits, shape.experts_per_token, chosen, weights)
-        return self._layer, chosen[0].tolist()
+        return self._layer, list(dict.fromkeys(chosen.T.ravel().tolist()))
 
 
 class DenseMlp:
