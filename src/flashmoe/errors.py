@@ -33,3 +33,7 @@ class ReadError(FlashmoeError):
 
 class PromptError(FlashmoeError):
     """A prompt or a conversation cannot be processed."""
+
+
+class BusyError(FlashmoeError):
+    """There is no room for another request now."""

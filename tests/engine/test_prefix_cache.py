@@ -1,0 +1,142 @@
+"""Snapshots found again, in memory and on the drive; what is damaged or of another bundle is not used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashmoe.engine.prefix_cache import PrefixCache
+
+ROOM = 1 << 20
+
+
+class State:
+    """Stands for a sequence: an array that grows with the position, and one that does not."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.recurrent = np.zeros((3, 8), np.float32)
+        self.keys = np.zeros((2, 64, 4), np.float16)
+
+    def arrays(self) -> list[Any]:
+        return [self.recurrent, self.keys[:, : -(-self.position // 16)]]
+
+    def restore(self, position: int, arrays: list[Any]) -> None:
+        self.position = position
+        for mine, saved in zip(self.arrays(), arrays, strict=True):
+            mine[...] = saved
+
+    def clear(self) -> None:
+        self.position = 0
+        self.recurrent.fill(0)
+
+
+def filled(position: int, value: float) -> Any:
+    state = State()
+    state.position = position
+    state.recurrent.fill(value)
+    state.keys.fill(value)
+    return state
+
+
+def restored(cache: PrefixCache, ids: list[int]) -> tuple[int, float]:
+    state: Any = State()
+    length = cache.restore(state, ids)
+    assert state.position == length
+    return length, float(state.recurrent[0, 0])
+
+
+def test_the_longest_prefix_is_found() -> None:
+    cache = PrefixCache(ROOM, "model")
+    ids = list(range(100))
+    cache.store(ids[:20], filled(20, 1.0))
+    cache.store(ids[:50], filled(50, 2.0))
+    cache.store([7, *ids[1:70]], filled(70, 3.0))
+    assert restored(cache, ids) == (50, 2.0)
+    assert restored(cache, ids[:49]) == (20, 1.0)
+    assert restored(cache, ids[:19]) == (0, 0.0)
+    assert restored(cache, [7, *ids[1:]]) == (70, 3.0)
+    assert (cache.hits, cache.misses) == (3, 1)
+
+
+def test_memory_is_bounded_and_the_least_recently_used_leaves() -> None:
+    size = sum(array.nbytes for array in filled(20, 0).arrays())
+    cache = PrefixCache(2 * size, "model")
+    for i in range(3):
+        cache.store([i] * 20, filled(20, i))
+        assert cache.nbytes <= 2 * size
+        assert restored(cache, [0] * 30)[0] == (20 if i < 3 else 0)  # keeps the first one in use
+    assert restored(cache, [1] * 30) == (0, 0.0)
+    assert restored(cache, [2] * 30) == (20, 2.0)
+    PrefixCache(size - 1, "model").store([1] * 20, filled(20, 1))
+    assert len(PrefixCache(size - 1, "model")) == 0
+
+
+def test_it_survives_a_restart(tmp_path: Path) -> None:
+    cache = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    cache.store([5] * 33, filled(33, 4.0))
+    cache.close()
+    again = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    assert restored(again, [5] * 40) == (33, 4.0)
+    assert len(again) == 1, "it is in memory now"
+    again.close()
+    other = PrefixCache(ROOM, "another model", tmp_path, ROOM)
+    assert restored(other, [5] * 40) == (0, 0.0)
+    other.close()
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    size = int.from_bytes(data[16:24], "little")
+    header = json.loads(data[24 : 24 + size])
+    rest = data[24 + size :]
+    if how == "flipped":
+        return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+    if how == "cut":
+        return data[:-5]
+    if how == "empty":
+        return b""
+    if how == "magic":
+        return b"X" + data[1:]
+    if how == "huge":
+        header["arrays"][0]["shape"] = [1 << 40, 1 << 40]
+    elif how == "object":
+        header["arrays"][0]["dtype"] = "|O"
+    elif how == "missing":
+        del header["arrays"][0]["shape"]
+    elif how == "shape":
+        header["arrays"][0]["shape"] = [8, 3]
+    elif how == "identity":
+        header["identity"] = "another"
+    text = json.dumps(header).encode()
+    return data[:16] + len(text).to_bytes(8, "little") + text + rest
+
+
+@pytest.mark.parametrize(
+    "how", ["flipped", "cut", "empty", "magic", "huge", "object", "missing", "shape", "identity"]
+)
+def test_what_is_damaged_is_not_used(tmp_path: Path, how: str) -> None:
+    cache = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    cache.store([5] * 20, filled(20, 4.0))
+    cache.close()
+    (path,) = tmp_path.glob("*/*.prefix")
+    path.write_bytes(damaged(path.read_bytes(), how))
+    again = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    assert restored(again, [5] * 30) == (0, 0.0)
+    again.close()
+
+
+def test_files_are_bounded_too(tmp_path: Path) -> None:
+    cache = PrefixCache(ROOM, "model", tmp_path, 2000)
+    for i in range(6):
+        cache.store([i] * 20, filled(20, i))
+        cache.close()
+        cache = PrefixCache(ROOM, "model", tmp_path, 2000)
+    files = list(tmp_path.glob("*/*"))
+    assert 0 < sum(path.stat().st_size for path in files) <= 2000
+    assert all(path.suffix == ".prefix" for path in files)
+    assert restored(cache, [5] * 30) == (20, 5.0)
+    cache.close()
