@@ -26,6 +26,11 @@ COMMANDS = {
     "doctor": "show what this machine offers: instruction set, memory, drives",
 }
 
+# `flashmoe bench WORD` measures something of its own: the word -> its module; a bundle of that name is ./WORD
+BENCHES = {
+    "stream": "bench_stream",
+}
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
@@ -80,10 +85,11 @@ def _dispatch(argv: list[str]) -> int:
         return EXIT_USAGE
     import argparse
 
-    module = importlib.import_module(f"flashmoe.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"flashmoe {name}", description=module.__doc__)
+    words = argv[:2] if name == "bench" and argv[1:2] and argv[1] in BENCHES else argv[:1]
+    module = importlib.import_module(f"flashmoe.cli.{BENCHES[words[1]] if words[1:] else name}")
+    parser = argparse.ArgumentParser(prog=f"flashmoe {' '.join(words)}", description=module.__doc__)
     module.configure(parser)
-    code: int = module.execute(parser.parse_intermixed_args(argv[1:]))
+    code: int = module.execute(parser.parse_intermixed_args(argv[len(words) :]))
     return code
 
 

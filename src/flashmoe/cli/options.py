@@ -20,6 +20,11 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def sizes(text: str) -> list[int | None]:
+    """Sizes, separated by commas."""
+    return [size(part.strip()) for part in text.split(",")]
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -1,0 +1,153 @@
+"""Decode and prefill of a model that does not fit: speed beside its bound at several memory budgets.
+
+Every budget runs in a process of its own, so that its peak memory is its own.  Bound of decode: the bytes that were
+missed, at the rate that the drive gave while it was busy in this very run, or the weights at the memory's bandwidth,
+whichever takes longer.  Bound of a prompt: what it read at that rate, or the time inside the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flashmoe import env
+from flashmoe.engine.engine import Engine, EngineOptions
+from flashmoe.engine.workbench import Workbench
+from flashmoe.errors import FlashmoeError
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What one process measures; tokens are drawn from `seed`, so every budget processes the same ones."""
+
+    bundle: str
+    memory_bytes: int | None
+    warm: int = 16  # decoded before anything is measured, so that the pool is full
+    tokens: int = 32
+    prompt: int = 0
+    lookahead: str = "auto"
+    experts_per_token: int | None = None
+    expert_slots: int | None = (
+        None  # instead of as many as the budget holds: for models that any budget holds
+    )
+    seed: int = 1
+
+
+def measure_in_process(options: StreamOptions) -> dict[str, Any]:
+    """Measure in a fresh interpreter.  Raises FlashmoeError with the one line that the process ended with."""
+    command = [sys.executable, "-m", "flashmoe.bench.stream", json.dumps(asdict(options))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise FlashmoeError(lines[-1].removeprefix("flashmoe: error: "))
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def measure(options: StreamOptions) -> dict[str, Any]:
+    """Open the bundle, decode, process a prompt and decode again; JSON values."""
+    engine_options = EngineOptions(
+        options.memory_bytes,
+        context=max(4096, options.prompt + options.warm + 2 * options.tokens),
+        lookahead=options.lookahead,
+        experts_per_token=options.experts_per_token,
+        expert_slots=options.expert_slots,
+    )
+    with Engine.open(Path(options.bundle), engine_options) as engine:
+        bench, plan = Workbench(engine), engine.plan
+        rng = np.random.default_rng(options.seed)
+        vocab = engine._parts.model.config.vocab_size
+        ids: list[int] = rng.integers(0, vocab, options.warm + 2 * options.tokens + options.prompt).tolist()
+        digest = xxhash.xxh3_64()
+        engine.start()
+        for token in ids[: options.warm]:
+            digest.update(engine.feed([token], "last").data)
+        report: dict[str, Any] = {
+            "memory_bytes": plan.budget_nbytes,
+            "slots": plan.slots,
+            "experts": plan.experts,
+            "drive_probe": engine._parts.drive_bandwidth,
+            "decode": _decode(bench, ids[options.warm : options.warm + options.tokens], digest),
+        }
+        if options.prompt:
+            report["prefill"] = _prefill(bench, ids[-options.prompt :], digest)
+            rest = ids[options.warm + options.tokens : options.warm + 2 * options.tokens]
+            report["decode_after"] = _decode(bench, rest, digest)
+        report["peak_memory_bytes"] = env.peak_memory()
+        report["logits_xxh3"] = digest.hexdigest()
+        return report
+
+
+def _decode(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:
+    def work() -> None:
+        for token in ids:
+            digest.update(bench.engine.feed([token], "last").data)
+
+    report = _observed(bench, work, len(ids))
+    report["kernel_seconds"] = report["kernel_seconds"] / len(ids)
+    memory_bound = bench.step_nbytes(0) / bench.read_bandwidth()
+    bound = max(report["read_seconds"] / len(ids), memory_bound)
+    layers = bench.engine._parts.model.config.num_hidden_layers
+    stall = report["stall_share"] / report["tok_s"]
+    return report | {
+        "bound_tok_s": 1 / bound,
+        "share_of_bound": report["tok_s"] * bound,
+        "layer_ms": {
+            "total": 1e3 / report["tok_s"] / layers,
+            "compute": 1e3 * report["kernel_seconds"] / layers,
+            "read": 1e3 * report["read_seconds"] / len(ids) / layers,
+            "stall": 1e3 * stall / layers,
+        },
+    }
+
+
+def _prefill(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:
+    def work() -> None:
+        bench.engine.start()
+        digest.update(bench.engine.feed(ids, "last").data)
+
+    report = _observed(bench, work, len(ids))
+    bound = max(report["read_seconds"], report["kernel_seconds"])
+    return report | {"bound_tok_s": len(ids) / bound, "share_of_bound": report["tok_s"] * bound / len(ids)}
+
+
+def _observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
+    """Run `work` and tell its speed and what the drive did meanwhile."""
+    parts = bench.engine._parts
+    before, reads = parts.cache.stats(), parts.reader.stats()
+    with bench.timed_operations() as operations:
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+    done, now = parts.cache.stats().since(before), parts.reader.stats()
+    busy, nbytes = now[2] - reads[2], now[1] - reads[1]
+    rate = nbytes / busy if busy > 0 else 0.0
+    total = done.total
+    return {
+        "tok_s": tokens / seconds,
+        "hit_rate": total.hit_rate,
+        "missed_bytes_per_token": done.missed_bytes / tokens,
+        "wasted_share": done.wasted_bytes / done.bytes_read if done.bytes_read else 0.0,
+        "drive_rate": rate,
+        "drive_busy_share": busy / seconds,
+        "read_seconds": done.missed_bytes / rate if rate else 0.0,
+        "kernel_seconds": sum(operations.values()),
+        "stall_share": total.stall_seconds / seconds,
+        "queue_depth": done.queue_depth,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(json.dumps(measure(StreamOptions(**json.loads(sys.argv[1])))))
+    except FlashmoeError as error:
+        sys.stderr.write(f"flashmoe: error: {error}\n")
+        raise SystemExit(1) from None

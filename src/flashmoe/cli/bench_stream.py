@@ -1,0 +1,146 @@
+"""Measure a model that does not fit into memory: speed, bound, hits and peak memory at several budgets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from flashmoe.cli import options
+from flashmoe.cli.demo import find_demo_bundle
+from flashmoe.errors import FlashmoeError
+from flashmoe.types import format_size
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `flashmoe bench stream`."""
+    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    parser.add_argument(
+        "--memory", type=options.sizes, default=[None], metavar="SIZE,SIZE", help="budgets, like 3GiB,6GiB"
+    )
+    parser.add_argument("--tokens", type=options.count, default=32, metavar="N", help="decoded (default 32)")
+    parser.add_argument(
+        "--warm", type=options.count, default=16, metavar="N", help="decoded before (default 16)"
+    )
+    parser.add_argument(
+        "--prompt",
+        type=options.whole,
+        default=0,
+        metavar="N",
+        help="then a prompt of N tokens (default: none)",
+    )
+    parser.add_argument("--repeats", type=options.count, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--experts-per-token", type=options.count, metavar="N", help="lossy; to compare")
+    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
+    options.add_json(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Measure each budget in turn, as often as asked, and report."""
+    from datetime import UTC, datetime
+
+    from flashmoe.bench.machine import describe_machine
+    from flashmoe.env import cpu_count
+    from flashmoe.kernels.cpu import choose_isa
+
+    bundle = args.bundle or find_demo_bundle()
+    rows = [_measure(args, bundle, memory) for memory in args.memory]
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": Path(bundle).name,
+        "machine": describe_machine(choose_isa()[0], cpu_count()),
+        "options": {"tokens": args.tokens, "warm": args.warm, "prompt": args.prompt, "repeats": args.repeats}
+        | {"lookahead": args.lookahead, "experts_per_token": args.experts_per_token},
+        "results": rows,
+        "same_logits": len({row["logits_xxh3"] for row in rows}) == 1,
+    }
+    if args.results:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        with args.results.open("a") as file:
+            file.write(json.dumps(report) + "\n")
+    if args.json:
+        options.print_json(report)
+    else:
+        _show(report)
+    return 0 if report["same_logits"] else 1
+
+
+def _measure(args: argparse.Namespace, bundle: Path, memory: int | None) -> dict[str, Any]:
+    """Medians over the repeats of one budget."""
+    from flashmoe.bench.stream import StreamOptions, measure_in_process
+
+    wanted = StreamOptions(
+        str(bundle), memory, args.warm, args.tokens, args.prompt, args.lookahead, args.experts_per_token
+    )
+    runs = []
+    for repeat in range(args.repeats):
+        if sys.stderr.isatty():
+            size = "default" if memory is None else format_size(memory)
+            print(f"\r\x1b[2K{size}, {repeat + 1} of {args.repeats}", end="", file=sys.stderr, flush=True)
+        runs.append(measure_in_process(wanted))
+    if sys.stderr.isatty():
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    if len({run["logits_xxh3"] for run in runs}) != 1:
+        raise FlashmoeError(f"{bundle}: two runs gave different logits: report this as a bug")
+    row: dict[str, Any] = _median(runs)
+    return row
+
+
+def _median(values: list[Any]) -> Any:
+    """The same structure with the median of every number; anything else is the first's."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _median([value[key] for value in values]) for key in first}
+    numbers = all(isinstance(value, int | float) for value in values)
+    return median(values) if numbers else first
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['model']}, medians of {report['options']['repeats']} runs")
+    columns = [
+        "memory",
+        "",
+        "tok/s",
+        "bound",
+        "of bound",
+        "hits",
+        "MB/token",
+        "drive GB/s",
+        "busy",
+        "stalled",
+    ]
+    for name in [*columns, "peak"]:
+        table.add_column(name, justify="right" if name else "left")
+    for row in report["results"]:
+        kinds = [kind for kind in ("decode", "prefill", "decode_after") if kind in row]
+        for kind in kinds:
+            one = row[kind]
+            table.add_row(
+                format_size(row["memory_bytes"]) if kind == "decode" else "",
+                kind.replace("_", " "),
+                f"{one['tok_s']:.3g}",
+                f"{one['bound_tok_s']:.3g}",
+                f"{one['share_of_bound']:.0%}",
+                "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}",
+                f"{one['missed_bytes_per_token'] / 1e6:.4g}",
+                f"{one['drive_rate'] / 1e9:.2f}",
+                f"{one['drive_busy_share']:.0%}",
+                f"{one['stall_share']:.0%}",
+                format_size(row["peak_memory_bytes"]) if kind == "decode" else "",
+            )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for row in report["results"]:
+        layer = row["decode"]["layer_ms"]
+        parts = ", ".join(f"{name} {layer[name]:.2f}" for name in ("compute", "read", "stall"))
+        console.print(f"{format_size(row['memory_bytes'])}: {layer['total']:.2f} ms a layer ({parts})")
+    console.print(
+        "all budgets gave the same logits" if report["same_logits"] else "LOGITS DIFFER: report this as a bug"
+    )
