@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from flashmoe.bundle.reader import Bundle
+from flashmoe.chat.messages import Message
 from flashmoe.chat.stopping import StopStrings
-from flashmoe.chat.template import ChatTemplate, Message
+from flashmoe.chat.template import ChatTemplate
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams

@@ -6,7 +6,6 @@ break and continue, tojson that keeps Unicode, raise_exception, strftime_now, an
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flashmoe.chat.messages import Message, normalize_messages
 from flashmoe.engine.tokenizer import read_json, token_text
 from flashmoe.errors import BundleError, PromptError
-
-Message = Mapping[str, Any]
 
 _FILE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
@@ -49,6 +47,10 @@ class ChatTemplate:
         self.source = source
         self._name = name
         self._variables = dict(variables or {})
+        # gpt-oss has a name of its own.
+        thinking = "message.thinking" in source and "reasoning_content" not in source
+        self._reasoning_key = "thinking" if thinking else "reasoning_content"
+        self._developer_role = "'developer'" in source or '"developer"' in source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -88,12 +90,15 @@ class ChatTemplate:
     ) -> str:
         """The prompt of a conversation; ``kwargs`` (enable_thinking=False, ...) are the template's variables.
 
-        Tool-call arguments given as JSON text are decoded first, because templates walk through them.
-        Raises PromptError when the template refuses the conversation, naming its reason.
+        The conversation may have all forms of OpenAI's API; see normalize_messages().
+        Raises PromptError when it is malformed, or when the template refuses it, naming its reason.
         """
+        normalized = normalize_messages(
+            messages, developer_role=self._developer_role, reasoning_key=self._reasoning_key
+        )
         try:
             return self._template.render(
-                messages=[_with_decoded_arguments(message) for message in messages],
+                messages=normalized,
                 tools=list(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self._variables, **kwargs},
@@ -151,30 +156,6 @@ def _default_of(template: object) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _with_decoded_arguments(message: Message) -> dict[str, Any]:
-    decoded = copy.deepcopy(dict(message))
-    for call in decoded.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function["arguments"] = _decode_arguments(function)
-    return decoded
-
-
-def _decode_arguments(function: Mapping[str, Any]) -> Any:
-    text = function["arguments"]
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise PromptError(
-            f"the arguments of the tool call {function.get('name')!r} are no JSON: {error}"
-        ) from error
-    if not isinstance(arguments, dict):
-        raise PromptError(
-            f"the arguments of the tool call {function.get('name')!r} are no JSON object: {text}"
-        )
-    return arguments
 
 
 def _one_line(error: Exception) -> str:
