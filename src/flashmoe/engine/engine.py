@@ -37,6 +37,7 @@ class EngineOptions:
     io: "auto", "direct" or "buffered".
     lookahead: "auto" reads likely experts of the next layer into idle time of the drive while that helps, "on"
     always, "off" never.
+    verify_reads: compare resident tensors and expert records with their checksums as they are read.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
