@@ -97,10 +97,9 @@ def failing_descriptors(files: Sequence[Path]) -> Iterator[None]:
     wanted = {str(file.resolve()) for file in files}
     if not Path("/proc/self/mem").exists():
         pytest.skip("needs /proc/self/mem")
-    held = {}
-    for name in os.listdir("/proc/self/fd"):
-        if os.path.exists(f"/proc/self/fd/{name}") and os.readlink(f"/proc/self/fd/{name}") in wanted:
-            held[int(name)] = os.dup(int(name))
+    links = {int(name): Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    found = [number for number, link in links.items() if link.is_symlink() and os.readlink(link) in wanted]
+    held = {number: os.dup(number) for number in found}  # not earlier: a copy would be found itself
     assert held, "the engine has none of these files open"
     broken = os.open("/proc/self/mem", os.O_RDONLY)
     for descriptor in held:
