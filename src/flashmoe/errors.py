@@ -7,8 +7,22 @@ Each message is one line that names the file or option and the remedy; the comma
 from __future__ import annotations
 
 
+_LONGEST = 600  # characters: room for two long paths; what a hostile file puts into a message has no end
+
+
 class FlashmoeError(Exception):
-    """Base of every error caused by the user's input, files or machine."""
+    """Base of every error caused by the user's input, files or machine.
+
+    Whatever a message quotes, it becomes one printable line of at most 600 characters: a longer one loses its
+    middle, because the file stands at the beginning and the remedy at the end.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(part.strip() for part in message.splitlines())
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class CheckpointError(FlashmoeError):

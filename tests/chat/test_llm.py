@@ -88,8 +88,11 @@ def test_a_default_that_is_no_number_is_refused(value: object) -> None:
 def test_options_reach_the_engine(engine: Any) -> None:
     LLM(engine.bundle.path, memory="2GiB", context=64, threads=1, activations="f32", io="direct")
     options = engine.options
+    assert not options.verify_reads
     assert (options.memory_bytes, options.context, options.threads) == (2 << 30, 64, 1)
     assert (options.activations, options.io, options.expert_slots) == ("f32", "direct", None)
+    LLM(engine.bundle.path, verify_reads=True)
+    assert engine.options.verify_reads
 
 
 @pytest.mark.parametrize(("wanted", "slots"), [("25%", 4), ("1%", 1), ("100%", 16), ("7", 7), (5, 5)])

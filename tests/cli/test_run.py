@@ -131,10 +131,11 @@ def test_machine_options_reach_the_engine(model: Any) -> None:
         "50%",
         "--kv-cache",
         "int8",
+        "--verify-reads",
     )
     options = model.options
     assert (options.context, options.io, options.activations) == (99, "buffered", "f32")
-    assert (options.expert_slots, options.kv_cache) == (8, "int8")
+    assert (options.expert_slots, options.kv_cache, options.verify_reads) == (8, "int8", True)
 
 
 def test_ctrl_c_keeps_what_was_shown(

@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 RESIDENT_FILE = "resident.safetensors"
 EXPERTS_FOLDER = "experts"
+JOURNAL_FILE = "convert.journal"  # of a bundle in the making; gone when it is whole
 _MAX_DIM = 1 << 31
 
 
@@ -108,6 +109,11 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_bytes()
     except OSError as error:
+        if (folder / JOURNAL_FILE).exists():
+            raise BundleError(
+                f"{folder} is not a flashmoe bundle yet, its conversion was interrupted or is still running:"
+                " run the same `flashmoe convert` command again to finish it"
+            ) from error
         raise BundleError(
             f"{folder} is not a flashmoe bundle ({MANIFEST_FILE}: {error.strerror}):"
             " make one with `flashmoe convert SOURCE BUNDLE`"

@@ -123,7 +123,8 @@ class PartialFile:
     def _hash(self, offset: int, nbytes: int) -> str:
         digest = xxhash.xxh3_64()
         for start in range(offset, offset + nbytes, _HASH_CHUNK):
-            digest.update(os.pread(self._fd, min(_HASH_CHUNK, offset + nbytes - start), start))
+            with _Naming(self._temporary):
+                digest.update(os.pread(self._fd, min(_HASH_CHUNK, offset + nbytes - start), start))
         return digest.hexdigest()
 
 

@@ -76,6 +76,7 @@ class LLM:
         io: str = "auto",
         expert_slots: int | str | None = None,
         lookahead: str = "auto",
+        verify_reads: bool = False,
     ) -> None:
         """Load the bundle in a directory.
 
@@ -90,6 +91,7 @@ class LLM:
         as the memory allows.  Never changes the output.
         lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".  Never
         changes the output.
+        verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
         Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
         """
         opened = Bundle.open(Path(bundle))
@@ -108,6 +110,7 @@ class LLM:
                 io=io,
                 expert_slots=_slot_count(expert_slots, opened),
                 lookahead=lookahead,
+                verify_reads=verify_reads,
             ),
         )
         self.experts_per_token = experts_per_token or self.native_experts_per_token

@@ -97,6 +97,9 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
         default="auto",
         help="read likely experts of the next layer while the drive is idle (default: while that helps)",
     )
+    machine.add_argument(
+        "--verify-reads", action="store_true", help="compare every weight with its checksum as it is read"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -115,6 +118,7 @@ def execute(args: argparse.Namespace) -> int:
         io=args.io,
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
+        verify_reads=args.verify_reads,
     ) as llm:
         if llm.lossy:
             print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
-from flashmoe.bundle.manifest import MANIFEST_FILE, RESIDENT_FILE, stored_shape
+from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, RESIDENT_FILE, stored_shape
 from flashmoe.bundle.reader import Bundle
 from flashmoe.checkpoint import Checkpoint
-from flashmoe.convert.journal import JOURNAL_FILE
 from flashmoe.convert.outline import make_outline
 from flashmoe.convert.plan import DEFAULT_BITS, make_plan
 from flashmoe.convert.sources import Sources

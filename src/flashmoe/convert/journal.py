@@ -15,7 +15,6 @@ from typing import Any
 
 from flashmoe.errors import BundleError
 
-JOURNAL_FILE = "convert.journal"
 _FORMAT = 1
 
 PieceRecord = tuple[int, str]  # (bytes, xxh3 as 16 hex digits)
@@ -88,8 +87,7 @@ class Journal:
         pieces += [(nbytes, digest) for nbytes, digest in line.get("pieces", [])]
 
     def _replay(self) -> None:
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            data = file.read()
+        data = self._content()
         good = 0
         for text in data.splitlines(keepends=True):
             try:
@@ -106,6 +104,15 @@ class Journal:
             good += len(text)
         os.ftruncate(self._fd, good)
         os.lseek(self._fd, good, os.SEEK_SET)
+
+    def _content(self) -> bytes:
+        try:
+            with os.fdopen(os.dup(self._fd), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BundleError(
+                f"cannot read {self.path} ({error.strerror}): fix the drive or delete {self.path.parent}"
+            ) from error
 
     def _check_start(self, line: dict[str, Any]) -> None:
         if line["journal"] != _FORMAT:

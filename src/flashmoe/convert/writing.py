@@ -11,10 +11,10 @@ from pathlib import Path
 import xxhash
 
 from flashmoe.bundle.codecs import U8
-from flashmoe.bundle.manifest import MANIFEST_FILE
+from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import PartialFile
-from flashmoe.convert.journal import JOURNAL_FILE, Journal, PieceRecord
+from flashmoe.convert.journal import Journal, PieceRecord
 from flashmoe.convert.units import Piece, Unit
 from flashmoe.env import cpu_count
 from flashmoe.errors import BundleError

@@ -40,6 +40,7 @@ class EngineOptions:
     always, "off" never.
     sequences: how many can be processed side by side (1 to 16), each with its own context.
     prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
+    verify_reads: compare resident tensors and expert records with their checksums as they are read.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 

@@ -88,7 +88,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
     drive = measure_drive(
         reader, arena, [(i + 1, layer.count, layer.record_nbytes) for i, layer in enumerate(layers)]
     )
-    weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident)
+    weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident, options.verify_reads)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
     decoder = family.decoder_class()
     embed = make_embedding(bundle, weights, ops, reader, 0, plan.embedding_resident)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout
 from flashmoe.bundle.reader import Bundle, TensorInfo
-from flashmoe.errors import BundleError
+from flashmoe.errors import BundleError, ReadError
 from flashmoe.kernels.cpu import CpuOps, FfnWeights
 from flashmoe.store.reader import AlignedBuffer, ExpertReader
 
@@ -37,14 +38,25 @@ class ResidentWeights:
     """Implements nn.weights.Weights over one arena.  Immutable once loaded."""
 
     def __init__(
-        self, bundle: Bundle, ops: CpuOps, reader: ExpertReader, file_index: int, embedding: bool = False
+        self,
+        bundle: Bundle,
+        ops: CpuOps,
+        reader: ExpertReader,
+        file_index: int,
+        embedding: bool = False,
+        verify: bool = False,
     ) -> None:
-        """Reads the weights.  Raises ReadError when the file cannot be read to its end."""
+        """Reads the weights.  Raises ReadError when the file cannot be read to its end.
+
+        verify: also when a tensor is not what its checksum says.
+        """
         self._bundle, self._ops = bundle, ops
         self._first, end = resident_range(bundle, embedding)
         self._buffer = AlignedBuffer(-(-(end - self._first) // _ALIGN) * _ALIGN, True)
         self._bytes: U8 = self._buffer.array()
         reader.read_into(file_index, self._first, end - self._first, self._buffer, 0)
+        if verify:
+            self._verify(end)
 
     @property
     def data(self) -> U8:
@@ -79,6 +91,16 @@ class ResidentWeights:
                 f"{self._bundle.path}: {name} is no {hidden} x {intermediate} record: convert again"
             )
         return self._ops.ffn_weights(self._raw(info), layout)
+
+    def _verify(self, end: int) -> None:
+        for name, record in self._bundle.manifest.tensors.items():
+            info = self._bundle.tensor(name)
+            held = self._first <= info.offset and info.offset + info.nbytes <= end
+            if held and xxhash.xxh3_64_hexdigest(self._raw(info).data) != record.xxh3:
+                raise ReadError(
+                    f"{self._bundle.resident_path}: tensor {name!r} at byte {info.offset}: the checksum does not "
+                    "match: run `flashmoe verify` on the bundle"
+                )
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._bundle.tensor(name)

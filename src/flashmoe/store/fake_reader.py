@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ class Fault:
 
     errno: it fails with this error and leaves the buffer without its bytes.  short: only so many bytes arrive.
     flip: it succeeds with a wrong bit at ``offset``, as a failing drive may.  delay: wait() passes it over so
-    many times, unless nothing else is left.
+    many times, unless nothing else is left.  seconds: its wait() takes so long, as on a slow drive.
     """
 
     file: int
@@ -29,6 +31,7 @@ class Fault:
     short: int | None = None
     flip: bool = False
     delay: int = 0
+    seconds: float = 0.0
     times: int = 1
 
 
@@ -41,32 +44,50 @@ class _Pending:
 
 
 class FakeReader(BulkReads):
-    """Implements ExpertReader over bytes in memory or files.  Not thread-safe.
+    """Implements ExpertReader over bytes in memory or files, which it opens at once.  Not thread-safe.
 
     order: given the number n of reads that may complete now, the positions (0 is the oldest) of those that
     complete in this wait(), in this order, at least one; without it all complete, oldest first.
     ``reads`` lists (file, offset, bytes) of everything submitted, for assertions.
+    ``gone``: while this errno is not 0 every read that completes fails with it.
     """
+
+    mode, reason = "scripted", "for tests"
 
     def __init__(
         self, files: Sequence[bytes | Path], order: Callable[[int], Sequence[int]] | None = None
     ) -> None:
         super().__init__()
         self._files = list(files)
+        self._descriptors = {f: os.open(f, os.O_RDONLY) for f in files if isinstance(f, Path)}
+        self._close = weakref.finalize(self, _close_all, list(self._descriptors.values()))
         self._sizes = [f.stat().st_size if isinstance(f, Path) else len(f) for f in files]
         self._order = order or range
         self._faults: dict[Fault, int] = {}  # -> how often it is still to happen
         self._pending: list[_Pending] = []
         self.reads: list[tuple[int, int, int]] = []
+        self.gone = 0
 
     @property
     def outstanding(self) -> int:
         """Reads submitted and not yet handed out by wait()."""
         return len(self._pending)
 
+    def close(self) -> None:
+        """Close the files.  Harmless when repeated."""
+        self._close()
+
+    def stats(self) -> tuple[int, int, float, int]:
+        """(reads, bytes, 0 seconds with a read in flight, no reads in flight) so far, as NativeReader.stats()."""
+        return len(self.reads), sum(nbytes for _, _, nbytes in self.reads), 0.0, 0
+
     def script(self, fault: Fault) -> None:
         """Let this happen to reads submitted from now on."""
         self._faults[fault] = self._faults.get(fault, 0) + fault.times
+
+    def heal(self) -> None:
+        """Forget what was scripted for reads that are not submitted yet."""
+        self._faults.clear()
 
     def submit(self, read: Read, tag: int) -> None:
         """See ExpertReader; refuses what the native reader refuses."""
@@ -113,7 +134,10 @@ class FakeReader(BulkReads):
         out = buffer.array()[at : at + nbytes]
         content = self._content(file, offset, nbytes)
         data = bytearray(content)
+        if self.gone:
+            return f"{where}: {os.strerror(self.gone)} (errno {self.gone})"
         for fault in pending.faults:
+            time.sleep(fault.seconds)
             if fault.errno:
                 return f"{where}: {os.strerror(fault.errno)} (errno {fault.errno})"
             if fault.short is not None:
@@ -129,10 +153,13 @@ class FakeReader(BulkReads):
         source = self._files[file]
         if isinstance(source, bytes):
             return source[offset : offset + nbytes]
-        with source.open("rb") as opened:
-            opened.seek(offset)
-            return opened.read(nbytes)
+        return os.pread(self._descriptors[source], nbytes, offset)
 
     def _name(self, file: int) -> str:
         source = self._files[file]
         return str(source) if isinstance(source, Path) else f"file {file}"
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""What every fuzzer holds a reader of files to: known errors in one line, little memory, no file outside its folder."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import sysconfig
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from flashmoe import env
+from flashmoe.convert import convert
+from flashmoe.errors import FlashmoeError
+
+# `make fuzz`: a hundred times the examples of `make test`.
+settings.register_profile("fuzz", max_examples=100 * settings.get_profile("default").max_examples)
+GOLDEN = Path(__file__).parents[1] / "golden"
+MOST_NBYTES = 32 << 20  # in Python and numpy at once; the files have 0.2 MB
+MOST_MAPPED = 3 << 30  # of addresses: eight I/O threads reserve 1.1 GiB without touching them
+LONGEST_LINE = 600
+# Where the interpreter and our own code are; /proc and /sys tell what the machine has.
+HOME = Path(__file__).parents[2]
+ELSEWHERE = tuple(
+    str(path) for path in (sys.prefix, sys.base_prefix, HOME / "src", sysconfig.get_paths()["stdlib"])
+)
+
+
+class Witness:
+    """Remembers the paths that Python opens while it watches.  An audit hook cannot be removed, so there is one."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        self.watching = False
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.watching and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            self.opened.append(os.path.abspath(os.fsdecode(arguments[0])))
+
+
+@pytest.fixture(scope="session")
+def witness() -> Witness:
+    return Witness()
+
+
+@contextmanager
+def few_addresses() -> Iterator[None]:
+    """No more than MOST_MAPPED beside what the process has mapped; more is a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST_MAPPED, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def contained(witness: Witness) -> Callable[[Path, Callable[[], object]], str]:
+    """Runs an action on files of a folder: "" or the line of its FlashmoeError; everything else fails the test."""
+
+    def run(folder: Path, action: Callable[[], object]) -> str:
+        witness.opened, line = [], ""
+        tracemalloc.start()
+        try:
+            witness.watching = True
+            with few_addresses():
+                action()
+        except FlashmoeError as error:
+            line = str(error)
+            assert line, "an error without a word"
+        finally:
+            witness.watching = False
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert "\n" not in line
+        assert "\r" not in line
+        assert len(line) <= LONGEST_LINE
+        assert peak <= MOST_NBYTES
+        allowed = (str(folder), *ELSEWHERE, "/proc/", "/sys/")
+        assert [path for path in witness.opened if not path.startswith(allowed)] == []
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLX checkpoint in one file."""
+    return Path(shutil.copytree(GOLDEN / "mlx_q4", tmp_path_factory.mktemp("fuzz") / "source"))
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face checkpoint in three files and an index."""
+    return Path(shutil.copytree(GOLDEN / "hf_next_bf16", tmp_path_factory.mktemp("fuzz") / "sharded"))
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of its own, among files that it must not touch."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = convert(GOLDEN / "mlx_q4", folder / "bundle").path
+    shutil.copyfile(path / "experts" / "layer-000.bin", folder / "outside.bin")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def little_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with much memory must not be needed to find what takes too much."""
+    monkeypatch.setattr(env, "memory_available", lambda: 1 << 40)
+    monkeypatch.setattr(env, "cgroup_memory_limit", lambda: None)

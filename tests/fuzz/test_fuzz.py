@@ -1,0 +1,264 @@
+"""Damaged and hostile files: what reads them says so in one line, whatever the damage is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashmoe.bundle.reader import Bundle
+from flashmoe.bundle.verify import verify
+from flashmoe.cli.inspect import _describe
+from flashmoe.convert import convert, describe
+from flashmoe.engine.engine import Engine, EngineOptions
+
+Contained = Callable[[Path, Callable[[], object]], str]
+Place = tuple[Any, ...]
+
+# Text that stands for what json.dumps cannot write.
+RAW = {
+    "@deep list@": "[" * 970 + "]" * 970,
+    "@deeper list@": "[" * 5000 + "]" * 5000,
+    "@deep object@": '{"a":' * 960 + "1" + "}" * 960,
+    "@long number@": "9" * 5000,
+    "@infinite@": "1e999",
+}
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 4095, 4096, 65536,
+    1 << 31, (1 << 31) - 1, 1 << 32, 1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 10**400,
+    0.0, -0.0, 0.5, 1e-320, 1e308, math.nan, math.inf,
+    "", "0", "\0", "a\0b", "\ud800", "\n", "a\nb\rc", "é", "a" * 5000, "F32", "U8", "I64", "tile", "ffn", "dense",
+    "..", ".", "/", "../outside.bin", "experts/../../outside.bin", "/etc/passwd", "experts", "experts/layer-001.bin",
+    "resident.safetensors", "config.json", "f" * 16, [], {}, [0], [[]], [0, 0], [1, 1 << 70, 0], {"": {}},
+    *RAW,
+]  # fmt: skip
+TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\u0000", b"\\ud800", b"-", b"1e999", b"NaN", b"null", b"true"]
+TOKENS += [b"9" * 40, b"0", b".", b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"../"]
+
+
+def budget(examples: int) -> Callable[[Any], Any]:
+    """So many examples in `make test`, a hundred times as many in `make fuzz`."""
+    factor = settings.default.max_examples / settings.get_profile("default").max_examples
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    return settings(max_examples=int(examples * factor), deadline=None, suppress_health_check=checks)
+
+
+def places(value: Any, path: Place = ()) -> list[Place]:
+    """Paths to everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in [(*path, key), *places(item, (*path, key))]]
+
+
+def changed_once(draw: st.DrawFn, tree: Any) -> None:
+    """One change somewhere in a JSON value: another value, no value, another key, one more, one of its own."""
+    found = places(tree)
+    if not found:
+        return
+    place = draw(st.sampled_from(found))
+    owner = tree
+    for key in place[:-1]:
+        owner = owner[key]
+    key, old = place[-1], owner[place[-1]]
+    kind = draw(st.sampled_from(["value", "value", "value", "number", "remove", "rename", "double", "swap"]))
+    if kind == "number" and type(old) in (int, float):
+        owner[key] = draw(st.sampled_from([old + 1, old - 1, 2 * old, 16 * old, -old, old / 2, 1000 * old]))
+    elif kind == "remove":
+        del owner[key]
+    elif kind == "rename" and isinstance(owner, dict):
+        texts = [value for value in VALUES if isinstance(value, str)]
+        owner[draw(st.sampled_from(texts))] = owner.pop(key)
+    elif kind == "double" and isinstance(owner, list):
+        owner.insert(key, old)
+    elif kind == "swap":
+        other = found[draw(st.integers(0, len(found) - 1))]
+        value = tree
+        for step in other:
+            value = value[step]
+        owner[key] = copy.deepcopy(value)
+    else:
+        owner[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+
+
+@st.composite
+def changed_tree(draw: st.DrawFn, text: bytes) -> bytes:
+    """JSON with one to four changes to its values."""
+    tree = json.loads(text)
+    for _ in range(draw(st.integers(1, 4))):
+        changed_once(draw, tree)
+    out = json.dumps(tree)
+    for word, raw in RAW.items():
+        out = out.replace(json.dumps(word), raw)
+    return out.encode()
+
+
+@st.composite
+def changed_bytes(draw: st.DrawFn, text: bytes) -> bytes:
+    """Bytes with one to four changes: flipped, overwritten, cut out, repeated, inserted, cut off."""
+    data = bytearray(text)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        end = at + draw(st.sampled_from([1, 2, 8, 64, 1000]))
+        kind = draw(st.sampled_from(["flip", "token", "token", "overwrite", "cut", "repeat", "end", "zero"]))
+        if kind == "flip" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "token":
+            data[at:at] = draw(st.sampled_from(TOKENS))
+        elif kind == "overwrite":
+            token = draw(st.sampled_from(TOKENS))
+            data[at : at + len(token)] = token
+        elif kind == "cut":
+            del data[at:end]
+        elif kind == "repeat":
+            data[at:at] = data[at:end]
+        elif kind == "zero":
+            data[at:end] = bytes(len(data[at:end]))
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def changed(text: bytes) -> st.SearchStrategy[bytes]:
+    return changed_tree(text) | changed_bytes(text)
+
+
+def header_text(file: Path) -> bytes:
+    data = file.read_bytes()
+    return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+
+
+def with_header(original: bytes, text: bytes, draw: Callable[[st.SearchStrategy[Any]], Any]) -> bytes:
+    """A safetensors file with another header, padded to the old length, or in a length that may be a lie."""
+    old = struct.unpack("<Q", original[:8])[0]
+    size = draw(st.sampled_from([None] * 6 + [0, 1, old - 1, old + 1, 1 << 32, 1 << 63, (1 << 64) - 1]))
+    if size is None:
+        text = text.ljust(old)
+        size = len(text)
+    return struct.pack("<Q", size) + text + original[8 + old :]
+
+
+class Files:
+    """A copy of a folder in which some files can be given other contents."""
+
+    def __init__(self, folder: Path, **contents: bytes) -> None:
+        self._temporary = tempfile.TemporaryDirectory(dir=folder.parent)
+        self.path = Path(self._temporary.name) / "model"
+        shutil.copytree(folder, self.path)
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+
+def open_inside(path: Path) -> Bundle:
+    """Bundle.open; whatever it accepts lies in its folder."""
+    bundle = Bundle.open(path)
+    for file in [*(layer.path for layer in bundle.expert_layers), *map(path.joinpath, bundle.manifest.files)]:
+        assert file.resolve().is_relative_to(path.resolve())
+    size = bundle.resident_path.stat().st_size
+    for info in map(bundle.tensor, bundle.tensor_names()):
+        assert 0 <= info.offset <= info.offset + info.nbytes <= size
+    return bundle
+
+
+def use_bundle(contained: Contained, path: Path) -> None:
+    """All that a user may do with a bundle, each on its own: one may fail where another need not."""
+
+    def generate() -> None:
+        with Engine.open(path, EngineOptions(threads=1, verify_reads=True)) as engine:
+            engine.logits([1, 2, 3])
+            engine.feed([4])
+
+    contained(path.parent, lambda: verify(open_inside(path)))
+    contained(path.parent, lambda: _describe(path, describe(path)))
+    contained(path.parent, generate)
+
+
+def use_checkpoint(contained: Contained, path: Path) -> None:
+    """Describe and convert; what comes out is a bundle that works, or none."""
+    contained(path.parent, lambda: _describe(path, describe(path)))
+    output = path.parent / "bundle"
+    refusal = contained(path.parent, lambda: convert(path, output))
+    assert (output / "manifest.json").exists() == (not refusal)
+    if not refusal:
+        use_bundle(contained, output)
+
+
+def use_config(contained: Contained, path: Path) -> None:
+    contained(path.parent, lambda: _describe(path, describe(path)))
+
+
+@budget(150)
+@given(data=st.data())
+def test_manifest(bundle: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(bundle) as files:
+        file = files.path / "manifest.json"
+        file.write_bytes(data.draw(changed(file.read_bytes())))
+        use_bundle(contained, files.path)
+
+
+@budget(150)
+@given(data=st.data())
+def test_header_of_a_bundle(bundle: Path, contained: Contained, data: st.DataObject) -> None:
+    """The manifest mostly notices; where both are changed alike, only the header's own checks are left."""
+    with Files(bundle) as files:
+        file = files.path / "resident.safetensors"
+        text = data.draw(changed(header_text(file)))
+        file.write_bytes(with_header(file.read_bytes(), text, data.draw))
+        use_bundle(contained, files.path)
+
+
+@budget(100)
+@given(data=st.data())
+def test_config_of_a_bundle(bundle: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(bundle) as files:
+        text = data.draw(changed((bundle / "config.json").read_bytes()))
+        (files.path / "config.json").write_bytes(text)
+        manifest = json.loads((files.path / "manifest.json").read_text())
+        manifest["files"]["config.json"] = {"nbytes": len(text), "xxh3": xxhash.xxh3_64_hexdigest(text)}
+        (files.path / "manifest.json").write_text(json.dumps(manifest))
+        use_bundle(contained, files.path)
+        use_config(contained, files.path / "config.json")
+
+
+@budget(100)
+@given(data=st.data())
+def test_header_of_a_checkpoint(source: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(source) as files:
+        file = files.path / "model.safetensors"
+        text = data.draw(changed(header_text(file)))
+        file.write_bytes(with_header(file.read_bytes(), text, data.draw))
+        use_checkpoint(contained, files.path)
+
+
+@budget(100)
+@given(data=st.data())
+def test_index_of_a_checkpoint(sharded: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(sharded) as files:
+        file = files.path / "model.safetensors.index.json"
+        file.write_bytes(data.draw(changed(file.read_bytes())))
+        use_checkpoint(contained, files.path)
+
+
+@pytest.mark.parametrize("form", ["source", "sharded"])
+@budget(50)
+@given(data=st.data())
+def test_config_of_a_checkpoint(
+    request: pytest.FixtureRequest, contained: Contained, form: str, data: st.DataObject
+) -> None:
+    with Files(request.getfixturevalue(form)) as files:
+        file = files.path / "config.json"
+        file.write_bytes(data.draw(changed(file.read_bytes())))
+        use_checkpoint(contained, files.path)
