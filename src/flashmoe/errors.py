@@ -33,3 +33,7 @@ class ReadError(FlashmoeError):
 
 class PromptError(FlashmoeError):
     """A prompt or a conversation cannot be processed."""
+
+
+class StructureError(FlashmoeError):
+    """A schema, a regular expression or a grammar for structured output cannot be used."""
