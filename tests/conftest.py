@@ -74,9 +74,12 @@ class ScriptedEngine:
         self.options: Any = None
         self.prompt: list[int] = []
         self.params: Any = None
+        self.constraint: Any = None
 
-    def generate_ids(self, prompt: list[int], params: Any, stop_ids: set[int]) -> Iterator[int]:
-        self.prompt, self.params, self.finish_reason = prompt, params, None
+    def generate_ids(
+        self, prompt: list[int], params: Any, stop_ids: set[int], constraint: Any = None
+    ) -> Iterator[int]:
+        self.prompt, self.params, self.finish_reason, self.constraint = prompt, params, None, constraint
         for token_id in self.answer:
             if token_id in stop_ids:
                 self.finish_reason = "stop"
@@ -98,7 +101,7 @@ def engine(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngi
 
     bundle = SimpleNamespace(
         path=tokenizer_dir,
-        text_config={"num_experts_per_tok": 4},
+        text_config={"num_experts_per_tok": 4, "vocab_size": 320},
         generation_config={"temperature": 0.6, "top_k": 20},
         expert_layers=[SimpleNamespace(count=8), SimpleNamespace(count=8)],
     )

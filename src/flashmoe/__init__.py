@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashmoe.chat.llm import LLM
+    from flashmoe.chat.structured.spec import StructuredOutput
     from flashmoe.engine.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutput", "__version__"]
 
 # Loaded on first use: `flashmoe --help` must not pay for numpy, tokenizers and the native core.
-_HOMES = {"LLM": "flashmoe.chat.llm", "SamplingParams": "flashmoe.engine.params"}
+_HOMES = {
+    "LLM": "flashmoe.chat.llm",
+    "SamplingParams": "flashmoe.engine.params",
+    "StructuredOutput": "flashmoe.chat.structured.spec",
+}
 
 
 def __getattr__(name: str) -> Any:

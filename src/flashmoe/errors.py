@@ -6,7 +6,6 @@ Each message is one line that names the file or option and the remedy; the comma
 
 from __future__ import annotations
 
-
 _LONGEST = 600  # characters: room for two long paths; what a hostile file puts into a message has no end
 
 
@@ -51,3 +50,7 @@ class PromptError(FlashmoeError):
 
 class BusyError(FlashmoeError):
     """There is no room for another request now."""
+
+
+class StructureError(FlashmoeError):
+    """A schema, a regular expression or a grammar for structured output cannot be used."""

@@ -16,7 +16,9 @@ from typing import Any, Self
 from flashmoe.bundle.reader import Bundle
 from flashmoe.chat.messages import Message
 from flashmoe.chat.stopping import StopStrings
+from flashmoe.chat.structured import GrammarVocabulary, StructuredOutput, compile_structure
 from flashmoe.chat.template import ChatTemplate
+from flashmoe.engine.constraint import Constraint
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
@@ -165,16 +167,33 @@ class LLM:
         """
         return SamplingParams(**self.generation_defaults | {k: v for k, v in given.items() if v is not None})
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Chunk]:
+    @cached_property
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """The tokens as structured output sees them; built when first needed.  Raises StructureError."""
+        return GrammarVocabulary(self.tokenizer, int(self.bundle.text_config["vocab_size"]))
+
+    def constraint(self, structured: StructuredOutput, params: SamplingParams) -> Constraint:
+        """What keeps one answer to a form; raises StructureError when the form cannot be used."""
+        return compile_structure(structured, self.grammar_vocabulary, params.stop_token_ids)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        structured: StructuredOutput | None = None,
+    ) -> Iterator[Chunk]:
         """Continue a text (or token ids), chunk by chunk as tokens come; params None is the model's defaults.
 
-        Raises PromptError when the prompt is empty or longer than the context, ReadError when an expert
-        cannot be read.
+        structured: the form that the answer has when it ends with "stop"; with "length" it is a prefix of one.
+        Raises PromptError when the prompt is empty or longer than the context, StructureError when the form cannot
+        be used, ReadError when an expert cannot be read.
         """
         params = params or self.sampling_params()
+        constraint = None if structured is None else self.constraint(structured, params)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         decoder, stops = self.tokenizer.decoder(), StopStrings(params.stop)
-        for token_id in self._engine.generate_ids(ids, params, set(self.tokenizer.stop_ids)):
+        for token_id in self._engine.generate_ids(ids, params, set(self.tokenizer.stop_ids), constraint):
             text, stopped = stops.push(decoder.push(token_id))
             yield Chunk(text, token_id)
             if stopped:
@@ -184,9 +203,15 @@ class LLM:
         reason = "stop" if stopped else self._engine.finish_reason
         yield Chunk(text + stops.flush(), None, reason)
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        structured: StructuredOutput | None = None,
+    ) -> Completion:
         """Continue a text (or token ids) to its end.  Raises what stream() raises."""
-        chunks = list(self.stream(prompt, params))
+        chunks = list(self.stream(prompt, params, structured=structured))
         return Completion(
             text="".join(chunk.text for chunk in chunks),
             token_ids=[chunk.token_id for chunk in chunks if chunk.token_id is not None],
@@ -198,6 +223,8 @@ class LLM:
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
+        *,
+        structured: StructuredOutput | None = None,
         **template_kwargs: Any,
     ) -> Completion:
         """Answer a conversation of {"role", "content"} messages.
@@ -206,7 +233,7 @@ class LLM:
         Raises BundleError without a template, PromptError when the template refuses the conversation, and
         what stream() raises.
         """
-        return self.generate(self.chat_ids(messages, **template_kwargs), params)
+        return self.generate(self.chat_ids(messages, **template_kwargs), params, structured=structured)
 
     def chat_ids(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
         """The prompt ids of a conversation, for stream(); raises BundleError or PromptError like chat()."""

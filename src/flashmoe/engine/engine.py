@@ -18,6 +18,7 @@ from flashmoe import env
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import loading
 from flashmoe.engine.bound import decode_bound
+from flashmoe.engine.constraint import Constraint
 from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.sampler import Sampler
@@ -160,10 +161,17 @@ class Engine:
         self.start()
         return self.feed(ids)
 
-    def generate_ids(self, prompt: list[int], params: SamplingParams, stop_ids: set[int]) -> Iterator[int]:
+    def generate_ids(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        stop_ids: set[int],
+        constraint: Constraint | None = None,
+    ) -> Iterator[int]:
         """New token ids one by one; a stop token ends the sequence and is not yielded.
 
-        Afterwards finish_reason is "stop" or "length".  Raises what feed() raises.
+        constraint: which tokens may come; when it is done the sequence ends without a stop token.
+        Afterwards finish_reason is "stop" or "length".  Raises what feed() and the constraint raise.
         """
         if not prompt:
             raise PromptError("the prompt is empty: give at least one token")
@@ -181,7 +189,7 @@ class Engine:
         timing.prompt_seconds = time.perf_counter() - began
         self._decode_store = self._parts.cache.stats()
         self._decode_reads = self._parts.reader.stats()
-        yield from self._continue(logits, prompt, params, stop_ids)
+        yield from self._continue(logits, prompt, params, stop_ids, constraint)
 
     def stats(self) -> dict[str, Any]:
         """Speeds, bound, hit rate, bytes and memory of the last request (see README for each)."""
@@ -209,7 +217,12 @@ class Engine:
         }
 
     def _continue(
-        self, logits: F32, prompt: list[int], params: SamplingParams, stop_ids: set[int]
+        self,
+        logits: F32,
+        prompt: list[int],
+        params: SamplingParams,
+        stop_ids: set[int],
+        constraint: Constraint | None,
     ) -> Iterator[int]:
         sampler = Sampler(params, prompt)
         timing = self._timing
@@ -217,12 +230,17 @@ class Engine:
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         stops = stop_ids | set(params.stop_token_ids)
         for produced in range(limit):
-            token = sampler.sample(logits[-1])
+            token = sampler.sample(logits[-1], None if constraint is None else constraint.mask())
             timing.new_tokens += 1
             if token in stops:
                 self.finish_reason = "stop"
                 return
+            if constraint is not None:
+                constraint.accept(token)
             yield token
+            if constraint is not None and constraint.is_done:
+                self.finish_reason = "stop"
+                return
             if produced + 1 < limit:
                 began = time.perf_counter()
                 logits = self.feed([token], "last")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as NativeTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from flashmoe.errors import BundleError, PromptError
 
@@ -74,6 +76,25 @@ class TextTokenizer:
         """The id of exactly this token, or None."""
         return self._native.token_to_id(token)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that steer the model and are no text, like <|im_end|>."""
+        added = self._native.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def token_bytes(self, count: int) -> list[bytes]:
+        """The bytes of ids 0 .. count - 1, such that those of a text's ids make up the text; b"" for unused ids.
+
+        A token may be part of a character.  Known are byte-level tokenizers and SentencePiece's with byte fallback.
+        """
+        added = {token_id: token.content for token_id, token in self._native.get_added_tokens_decoder().items()}
+        to_bytes = _byte_level_spelling() if "ByteLevel" in repr(self._native.decoder) else _piece_bytes
+        tokens = []
+        for token_id in range(count):
+            token = self._native.id_to_token(token_id)
+            tokens.append(b"" if token is None else added[token_id].encode() if token_id in added else to_bytes(token))
+        return tokens
+
     def decoder(self, skip_special_tokens: bool = True) -> TextDecoder:
         """A decoder for one stream of tokens."""
         return TextDecoder(self, skip_special_tokens)
@@ -112,6 +133,21 @@ class TextDecoder:
             self._context = self._pending
         self._pending = []
         return text
+
+
+def _byte_level_spelling() -> Callable[[str], bytes]:
+    """Byte-level tokenizers write printable bytes as themselves and the others, in order, as U+0100 and up."""
+    letters = set(ByteLevel.alphabet())
+    plain = {letter: ord(letter) for letter in letters if ord(letter) < 0x100}
+    others = sorted(set(range(0x100)) - set(plain.values()))
+    byte_of = plain | dict(zip(sorted(letters - set(plain)), others, strict=True))
+    return lambda token: bytes(byte_of[letter] for letter in token if letter in byte_of)
+
+
+def _piece_bytes(token: str) -> bytes:
+    """SentencePiece writes a space as U+2581 and a byte without a token of its own as <0x0A>."""
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
 
 def read_json(file: Path) -> dict[str, Any]:
