@@ -25,6 +25,11 @@ def traceback_wanted() -> bool:
     return os.environ.get("FLASHMOE_TRACEBACK", "") not in ("", "0")
 
 
+def api_key() -> str | None:
+    """The key that clients of the server must send: FLASHMOE_API_KEY."""
+    return os.environ.get("FLASHMOE_API_KEY") or None
+
+
 def memory_total() -> int:
     """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

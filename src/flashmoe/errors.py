@@ -54,3 +54,11 @@ class BusyError(FlashmoeError):
 
 class StructureError(FlashmoeError):
     """A schema, a regular expression or a grammar for structured output cannot be used."""
+
+
+class RequestError(FlashmoeError):
+    """A request that says what is not possible; param: the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param

@@ -24,6 +24,7 @@ from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.tokenizer import TextTokenizer
 from flashmoe.errors import ConfigError
+from flashmoe.store.stats import CacheStats
 from flashmoe.types import parse_size
 
 _SAMPLING_KEYS = (
@@ -78,6 +79,8 @@ class LLM:
         io: str = "auto",
         expert_slots: int | str | None = None,
         lookahead: str = "auto",
+        sequences: int = 1,
+        prefix_cache: str | int = 0,
         verify_reads: bool = False,
     ) -> None:
         """Load the bundle in a directory.
@@ -94,6 +97,8 @@ class LLM:
         lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".  Never
         changes the output.
         verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
+        sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
+        prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
         Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
         """
         opened = Bundle.open(Path(bundle))
@@ -112,6 +117,8 @@ class LLM:
                 io=io,
                 expert_slots=_slot_count(expert_slots, opened),
                 lookahead=lookahead,
+                sequences=sequences,
+                prefix_cache_bytes=parse_size(prefix_cache),
                 verify_reads=verify_reads,
             ),
         )
@@ -134,6 +141,15 @@ class LLM:
     def bundle(self) -> Bundle:
         """The opened bundle."""
         return self._engine.bundle
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model, for a scheduler; not together with stream() and its kin."""
+        return self._engine
+
+    def cache_stats(self) -> CacheStats:
+        """Counters of the expert cache since the model was loaded.  Thread-safe."""
+        return self._engine.cache_stats()
 
     @property
     def plan(self) -> MemoryPlan:

@@ -15,13 +15,15 @@ class StopStrings:
         given = [stops] if isinstance(stops, str) else stops
         self._stops = [stop for stop in given if stop]
         self._held = ""
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text to show now, whether a stop string was found); the stop string itself is never shown."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            at, self.found = min(found)
+            shown, self._held = self._held[:at], ""
             return shown, True
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]

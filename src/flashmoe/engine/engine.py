@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from flashmoe import env
+from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import loading
 from flashmoe.engine.bound import decode_bound
@@ -25,6 +27,7 @@ from flashmoe.engine.sampler import Sampler
 from flashmoe.errors import PromptError
 from flashmoe.models.qwen3_5_moe import SequenceState
 from flashmoe.nn.weights import F32
+from flashmoe.store.stats import CacheStats
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,18 @@ class Engine:
         self._decode_store = self._parts.cache.stats()
         self._decode_reads = self._parts.reader.stats()
         yield from self._continue(logits, prompt, params, stop_ids, constraint)
+
+    def cache_stats(self) -> CacheStats:
+        """Counters of the expert cache since the bundle was opened.  Thread-safe."""
+        return self._parts.cache.stats()
+
+    @property
+    def identity(self) -> str:
+        """All that determines the bits of a sequence's state, apart from its tokens."""
+        options, plan = self._options, self.plan
+        manifest = xxhash.xxh3_128_hexdigest((self.bundle.path / MANIFEST_FILE).read_bytes())
+        parts = (manifest, options.experts_per_token, options.activations, plan.kv_cache)
+        return "/".join(map(str, parts))
 
     def stats(self) -> dict[str, Any]:
         """Speeds, bound, hit rate, bytes and memory of the last request (see README for each)."""

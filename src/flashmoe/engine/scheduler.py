@@ -125,13 +125,17 @@ class Scheduler:
     def drain(self, timeout: float) -> bool:
         """Accept nothing more and wait until all answers are finished; False when that took longer than `timeout` s."""
         deadline = time.monotonic() + timeout
+        self.refuse()
         with self._changed:
-            self._accepting = False
             while self._running or self._waiting:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return False
         return True
+
+    def refuse(self) -> None:
+        """Accept nothing more.  May be called by a signal handler."""
+        self._accepting = False
 
     def close(self) -> None:
         """End run() after the current step; answers that are not finished are cancelled."""
