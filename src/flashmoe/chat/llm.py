@@ -80,7 +80,7 @@ class LLM:
         expert_slots: int | str | None = None,
         lookahead: str = "auto",
         sequences: int = 1,
-        prefix_cache: str | int = 0,
+        prefix_cache: str | int | None = None,
         verify_reads: bool = False,
     ) -> None:
         """Load the bundle in a directory.
@@ -118,7 +118,7 @@ class LLM:
                 expert_slots=_slot_count(expert_slots, opened),
                 lookahead=lookahead,
                 sequences=sequences,
-                prefix_cache_bytes=parse_size(prefix_cache),
+                prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
                 verify_reads=verify_reads,
             ),
         )

@@ -77,6 +77,12 @@ class TextTokenizer:
         return self._native.token_to_id(token)
 
     @property
+    def added_tokens(self) -> dict[str, int]:
+        """Texts that are always one token, special or not, like <tool_call>."""
+        added = self._native.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items()}
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of tokens that steer the model and are no text, like <|im_end|>."""
         added = self._native.get_added_tokens_decoder()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import re
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -128,14 +127,14 @@ class Service:
             raise PromptError(
                 "an answer cannot be a forced tool call and have a form of its own: ask for one of them"
             )
-        grammar = None
+        grammar, markers = None, self.llm.tokenizer.added_tokens
         if self._dialect is not None and prompt.tools:
-            grammar = self._dialect.call_grammar(prompt.tools, parallel=parallel, token_ids=self._markers())
+            grammar = self._dialect.call_grammar(prompt.tools, parallel=parallel, token_ids=markers)
         if grammar is None:
             raise PromptError(
                 "this model's chat template has no tool calls that could be forced: use tool_choice auto"
             )
-        return StructuredOutput.lark(grammar if forced else _text_before(grammar))
+        return StructuredOutput.lark(grammar if forced else _text_before(grammar, markers))
 
     async def answer(
         self,
@@ -242,10 +241,6 @@ class Service:
             return PlainParser(prompt.reasoning_open)
         return self._dialect.parser(prompt.tools, prompt.reasoning_open)
 
-    def _markers(self) -> dict[str, int]:
-        tokenizer = self.llm.tokenizer
-        return {tokenizer.decode([i], skip_special_tokens=False): i for i in tokenizer.special_ids}
-
     def _token_text(self, token: Token) -> TokenText:
         spelling = self._token_bytes
         top = [(token_id, spelling[token_id], logprob) for token_id, logprob in token.top]
@@ -294,18 +289,21 @@ class _Verbatim:
         return []
 
 
-def _text_before(grammar: str) -> str:
-    """The grammar of calls with free text before them, or nothing else than text."""
-    opening = re.search(r'^call: ("(?:[^"\\]|\\.)*"|<\[\d+\]>)', grammar, re.MULTILINE)
-    # A special token is no text; other markers must not occur in it.
-    marker = json.loads(opening[1]).split("\n")[0] if opening and opening[1].startswith('"') else None
-    text = (
-        r"/(?s:.*)/"
-        if marker is None
-        else f"~/(?s:.*){re.escape(marker).replace('/', chr(92) + '/')}(?s:.*)/"
-    )
+def _text_before(grammar: str, markers: dict[str, int]) -> str:
+    """The grammar of calls with free text before them, or nothing else than text.  Raises PromptError.
+
+    Calls must begin with a token of their own: the lexer then knows where the text ends.
+    """
+    opening = re.search(r"^start: (?:call\b(?s:.*?)^call: )?<\[(\d+)\]>", grammar, re.MULTILINE)
+    if opening is None:
+        raise PromptError(
+            "with this model strict tools are possible only as forced calls: use tool_choice required"
+        )
+    marker = next(text for text, token_id in markers.items() if token_id == int(opening[1]))
+    # The first pattern is for llguidance, which otherwise takes only a part of the second one for the operand of "~".
+    text = f"/(?s:.*)/ & ~/(?s:.*){re.escape(marker).replace('/', chr(92) + '/')}(?s:.*)/"
     renamed = re.sub(r"^start:", "calls:", grammar, count=1, flags=re.MULTILINE)
-    return f"start: ANYTHING calls?\nANYTHING: {text}\n{renamed}"
+    return f"start: ANYTHING? calls?\nANYTHING: {text}\n{renamed}"
 
 
 def with_seed(params: SamplingParams, offset: int) -> SamplingParams:
