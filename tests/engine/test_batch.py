@@ -25,7 +25,7 @@ def alone(engine: Engine, prompt: list[int], decoded: list[int]) -> list[np.ndar
 @pytest.mark.parametrize("activations", ["int8", "f32"])
 def test_neighbours_change_no_bit(demo_bundle: Path, slots: int | None, activations: str) -> None:
     options = EngineOptions(
-        512 << 20, context=256, sequences=4, expert_slots=slots, activations=activations, threads=2
+        2 << 30, context=256, sequences=4, expert_slots=slots, activations=activations, threads=2
     )
     with Engine.open(demo_bundle, options) as engine:
         expected = [alone(engine, prompt, tokens) for prompt, tokens in zip(PROMPTS, DECODED, strict=True)]
@@ -42,7 +42,7 @@ def test_neighbours_change_no_bit(demo_bundle: Path, slots: int | None, activati
 
 
 def test_sequences_join_and_leave_between_steps(demo_bundle: Path) -> None:
-    with Engine.open(demo_bundle, EngineOptions(512 << 20, context=256, sequences=3)) as engine:
+    with Engine.open(demo_bundle, EngineOptions(2 << 30, context=256, sequences=3)) as engine:
         expected = [alone(engine, PROMPTS[i], DECODED[i]) for i in range(3)]
         states = engine.states
         for state in states:
@@ -61,7 +61,7 @@ def test_sequences_join_and_leave_between_steps(demo_bundle: Path) -> None:
 
 
 def test_a_snapshot_brings_a_sequence_back(demo_bundle: Path) -> None:
-    with Engine.open(demo_bundle, EngineOptions(512 << 20, context=256, sequences=2)) as engine:
+    with Engine.open(demo_bundle, EngineOptions(2 << 30, context=256, sequences=2)) as engine:
         expected = alone(engine, PROMPTS[2], DECODED[2])
         source, target = engine.states
         source.clear()
@@ -75,8 +75,8 @@ def test_a_snapshot_brings_a_sequence_back(demo_bundle: Path) -> None:
 
 def test_limits(demo_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="--parallel must be between 1 and 16"):
-        Engine.open(demo_bundle, EngineOptions(512 << 20, sequences=17))
-    with Engine.open(demo_bundle, EngineOptions(512 << 20, context=40, prefill_chunk=16)) as engine:
+        Engine.open(demo_bundle, EngineOptions(2 << 30, sequences=17))
+    with Engine.open(demo_bundle, EngineOptions(2 << 30, context=40, prefill_chunk=16)) as engine:
         with pytest.raises(PromptError, match="17 tokens in one step"):
             engine.step([(engine.states[0], [1] * 17)], [])
         engine.states[0].clear()
@@ -89,7 +89,7 @@ def test_limits(demo_bundle: Path) -> None:
 def test_more_sequences_are_planned_for(demo_bundle: Path) -> None:
     plans = []
     for sequences in (1, 8):
-        with Engine.open(demo_bundle, EngineOptions(512 << 20, context=512, sequences=sequences)) as engine:
+        with Engine.open(demo_bundle, EngineOptions(2 << 30, context=512, sequences=sequences)) as engine:
             plans.append(engine.plan)
     assert plans[1].state_nbytes > 4 * plans[0].state_nbytes
     assert plans[1].workspace_nbytes > plans[0].workspace_nbytes

@@ -39,6 +39,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port; 0 is any free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
+    return int(text)
+
+
 def numbers(text: str) -> list[int]:
     """Whole numbers, separated by commas; an empty text is no number at all."""
     return [whole(part.strip()) for part in text.split(",")] if text.strip() else []

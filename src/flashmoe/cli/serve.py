@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    network.add_argument("--port", type=options.whole, default=8080, help="default: 8080; 0 takes a free one")
+    network.add_argument("--port", type=options.port, default=8080, help="default: 8080; 0 takes a free one")
     network.add_argument(
         "--api-key", metavar="KEY", help="clients must send it (default: $FLASHMOE_API_KEY, or none)"
     )
@@ -55,7 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--threads", type=options.count, metavar="N", help="default: every processor")
     machine.add_argument("--io", choices=("auto", "direct", "buffered"), default="auto")
-    machine.add_argument("--expert-slots", type=options.slots, metavar="N|P%", help="experts kept in memory")
+    machine.add_argument(
+        "--expert-slots", type=options.slots, metavar="N", help="experts kept in memory, or a share like 25%%"
+    )
     machine.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     options.add_kv_cache(machine)
     prefixes = parser.add_argument_group("prefix cache", "conversations go on where they were")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flashmoe.engine.constraint import Constraint
 from flashmoe.engine.params import SamplingParams
+from flashmoe.errors import FlashmoeError
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event.  reason: "stop", "length", "cancelled" or "error" (then `error` says what, in one line)."""
+    """The last event.  reason: "stop", "length", "cancelled" or "error" (then `error` says what)."""
 
     reason: str
-    error: str = ""
+    error: FlashmoeError | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, taken from the prefix cache
     completion_tokens: int = 0

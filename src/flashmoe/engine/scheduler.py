@@ -229,8 +229,11 @@ class Scheduler:
                 return
             if constraint is not None:
                 constraint.accept(token)
-        except (FlashmoeError, RuntimeError, ValueError) as error:  # this answer's alone, whatever it is
-            self._end(job, "error", str(error))
+        except FlashmoeError as error:  # this answer's alone
+            self._end(job, "error", error)
+            return
+        except RuntimeError as error:  # the sampler: no token is left, or the logits are no numbers
+            self._end(job, "error", PromptError(str(error)))
             return
         job.ids.append(token)
         job.produced += 1
@@ -247,13 +250,13 @@ class Scheduler:
         Whoever fails alone needs what cannot be read, and ends; the others compute the same bits once more.
         """
         if len(jobs) == 1:
-            self._end(jobs[0], "error", str(error))
+            self._end(jobs[0], "error", error)
             return
         for job in jobs:
             _state(job).clear()
             job.done, job.alone = 0, True
 
-    def _end(self, job: Job, reason: str, error: str = "") -> None:
+    def _end(self, job: Job, reason: str, error: FlashmoeError | None = None) -> None:
         event = Finished(reason, error, len(job.generation.prompt), job.cached, job.produced)
         with self._changed:
             if job.state is not None:

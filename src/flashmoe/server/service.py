@@ -24,6 +24,7 @@ from flashmoe.engine.tokenizer import TextDecoder
 from flashmoe.errors import FlashmoeError, PromptError
 from flashmoe.server.tool_choice import strict_tools
 
+_RENDER_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt"}
 _THINK_END = "</think>"
 
 
@@ -61,10 +62,6 @@ class Done:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-
-
-class GenerationError(FlashmoeError):
-    """An answer that had begun could not be finished."""
 
 
 class Service:
@@ -145,7 +142,7 @@ class Service:
     ) -> AsyncGenerator[Event | TokenText | Done, None]:
         """The answer as it comes; closing the iterator cancels it.
 
-        Raises PromptError, StructureError or BusyError before the first event, GenerationError after it.
+        Raises PromptError, StructureError or BusyError before the first event, ReadError and StructureError later.
         """
         if top_logprobs is not None:
             await asyncio.to_thread(lambda: self._token_bytes)  # 0.5 s for a large vocabulary, once
@@ -187,8 +184,8 @@ class Service:
                 yield piece
             if text.stop_found():
                 job.cancel()
-        if event.reason == "error":
-            raise GenerationError(event.error)
+        if event.error is not None:
+            raise event.error
         for piece in text.finish():
             yield piece
         reason = event.reason if text.stopped is None else "stop"
@@ -201,6 +198,8 @@ class Service:
         tools: Sequence[Mapping[str, Any]] | None,
         variables: dict[str, Any],
     ) -> Prompt:
+        for name in sorted(_RENDER_ARGUMENTS & variables.keys()):
+            raise PromptError(f"the template's variable {name} cannot be set: the request has a field for it")
         template, tokenizer = self.llm.chat_template, self.llm.tokenizer
         text = template.render(messages, tools=tools, **variables)
         ids = tokenizer.encode(text, add_special_tokens=False)

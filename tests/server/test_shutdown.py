@@ -1,0 +1,137 @@
+"""`flashmoe serve` as a process: how it starts, what it refuses, and how it ends under load."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flashmoe.cli import main
+
+CHAT: Any = {"messages": [{"role": "user", "content": "Tell me of the sea."}], "temperature": 0.0}
+
+
+@contextmanager
+def serving(bundle: Path, *words: str, env: dict[str, str] | None = None) -> Iterator[tuple[Any, str]]:
+    command = [
+        sys.executable,
+        "-m",
+        "flashmoe.cli",
+        "serve",
+        str(bundle),
+        "--port",
+        "0",
+        "--memory",
+        "700MiB",
+    ]
+    process = subprocess.Popen(
+        [*command, "--context", "2048", *words], stderr=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"at (http://[^/]+)/v1", line)
+        assert found, line
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_running_answers_finish_after_sigterm(demo_bundle: Path) -> None:
+    with serving(demo_bundle) as (process, url):
+        answers: list[Any] = []
+
+        def ask() -> None:
+            answers.append(
+                httpx.post(url + "/v1/chat/completions", json=CHAT | {"max_tokens": 150}, timeout=60)
+            )
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while httpx.get(url + "/health").json()["running"] < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {150}
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
+def test_what_takes_too_long_is_cut(demo_bundle: Path) -> None:
+    with (
+        serving(demo_bundle, "--drain", "0") as (process, url),
+        httpx.stream(
+            "POST",
+            url + "/v1/chat/completions",
+            json=CHAT | {"max_tokens": 1900, "stream": True},
+            timeout=60,
+        ) as answer,
+    ):
+        next(answer.iter_lines())
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 15
+
+
+def test_the_prefix_cache_survives_a_restart(demo_bundle: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Tell me of the sea, slowly and in many words. " * 20}]
+    cached = []
+    for _ in range(2):
+        with serving(demo_bundle, "--cache-dir", str(tmp_path)) as (process, url):
+            given = CHAT | {"messages": messages, "max_tokens": 3}
+            usage = httpx.post(url + "/v1/chat/completions", json=given, timeout=60).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    assert cached[0] == 0
+    assert cached[1] > 100
+
+
+def test_the_key_may_come_from_the_environment(demo_bundle: Path) -> None:
+    import os
+
+    with serving(demo_bundle, env={**os.environ, "FLASHMOE_API_KEY": "k"}) as (_, url):
+        assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+        (["--parallel", "99"], "--parallel must be between 1 and 16"),
+        (["--memory", "10MiB"], "the smallest that works is --memory"),
+        (["/nowhere"], "not a flashmoe bundle"),
+    ],
+)
+def test_what_cannot_be_served(
+    capsys: pytest.CaptureFixture[str], demo_bundle: Path, words: list[str], message: str
+) -> None:
+    given = words if words[0].startswith("/") else [str(demo_bundle), *words]
+    memory = [] if "--memory" in words else ["--memory", "700MiB"]
+    assert main(["serve", *given, *memory, "--context", "512"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("flashmoe: error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_port_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "99999"]) == 2
+    assert "'99999' is no port" in capsys.readouterr().err
