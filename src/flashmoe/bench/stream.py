@@ -38,6 +38,7 @@ class StreamOptions:
     expert_slots: int | None = (
         None  # instead of as many as the budget holds: for models that any budget holds
     )
+    parallel: int = 1  # sequences that are decoded together; warm and tokens count for each
     seed: int = 1
 
 
@@ -60,16 +61,19 @@ def measure(options: StreamOptions) -> dict[str, Any]:
         lookahead=options.lookahead,
         experts_per_token=options.experts_per_token,
         expert_slots=options.expert_slots,
+        sequences=options.parallel,
     )
     with Engine.open(Path(options.bundle), engine_options) as engine:
         bench, plan = Workbench(engine), engine.plan
         rng = np.random.default_rng(options.seed)
         vocab = engine._parts.model.config.vocab_size
-        ids: list[int] = rng.integers(0, vocab, options.warm + 2 * options.tokens + options.prompt).tolist()
+        steps, width = options.warm + 2 * options.tokens, options.parallel
+        ids = rng.integers(0, vocab, (steps, width)).tolist()
+        prompt: list[int] = rng.integers(0, vocab, options.prompt).tolist()
         digest = xxhash.xxh3_64()
-        engine.start()
-        for token in ids[: options.warm]:
-            digest.update(engine.feed([token], "last").data)
+        for state in engine.states:
+            state.clear()
+        _steps(engine, ids[: options.warm], digest)
         report: dict[str, Any] = {
             "memory_bytes": plan.budget_nbytes,
             "slots": plan.slots,
@@ -78,33 +82,39 @@ def measure(options: StreamOptions) -> dict[str, Any]:
             "decode": _decode(bench, ids[options.warm : options.warm + options.tokens], digest),
         }
         if options.prompt:
-            report["prefill"] = _prefill(bench, ids[-options.prompt :], digest)
-            rest = ids[options.warm + options.tokens : options.warm + 2 * options.tokens]
-            report["decode_after"] = _decode(bench, rest, digest)
+            report["prefill"] = _prefill(bench, prompt, digest)
+            report["decode_after"] = _decode(bench, ids[options.warm + options.tokens :], digest)
         report["peak_memory_bytes"] = env.peak_memory()
         report["logits_xxh3"] = digest.hexdigest()
         return report
 
 
-def _decode(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:
-    def work() -> None:
-        for token in ids:
-            digest.update(bench.engine.feed([token], "last").data)
+def _steps(engine: Engine, ids: list[list[int]], digest: Any) -> None:
+    """Decode a token of every sequence in each step."""
+    everybody = list(range(len(engine.states)))
+    for tokens in ids:
+        parts = [(state, [token]) for state, token in zip(engine.states, tokens, strict=True)]
+        digest.update(engine.step(parts, everybody).data)
 
-    report = _observed(bench, work, len(ids))
-    report["kernel_seconds"] = report["kernel_seconds"] / len(ids)
-    memory_bound = bench.step_nbytes(0) / bench.read_bandwidth()
-    bound = max(report["read_seconds"] / len(ids), memory_bound)
+
+def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, Any]:
+    steps, width = len(ids), len(ids[0])
+    report = _observed(bench, lambda: _steps(bench.engine, ids, digest), steps * width)
+    # What a step touches at least: all that is always needed, each sequence's state, and each distinct expert once.
+    experts = report["experts_asked"] / steps
+    nbytes = bench.always_nbytes(width) + experts * bench.engine.plan.record_nbytes
+    bound = max(report["read_seconds"] / steps, nbytes / bench.read_bandwidth())
     layers = bench.engine._parts.model.config.num_hidden_layers
-    stall = report["stall_share"] / report["tok_s"]
+    step = width / report["tok_s"]
     return report | {
-        "bound_tok_s": 1 / bound,
-        "share_of_bound": report["tok_s"] * bound,
+        "bound_tok_s": width / bound,
+        "share_of_bound": bound / step,
+        "experts_per_layer": experts / layers,
         "layer_ms": {
-            "total": 1e3 / report["tok_s"] / layers,
-            "compute": 1e3 * report["kernel_seconds"] / layers,
-            "read": 1e3 * report["read_seconds"] / len(ids) / layers,
-            "stall": 1e3 * stall / layers,
+            "total": 1e3 * step / layers,
+            "compute": 1e3 * report["kernel_seconds"] / steps / layers,
+            "read": 1e3 * report["read_seconds"] / steps / layers,
+            "stall": 1e3 * report["stall_share"] * step / layers,
         },
     }
 
@@ -140,6 +150,7 @@ def _observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
         "drive_busy_share": busy / seconds,
         "read_seconds": done.missed_bytes / rate if rate else 0.0,
         "kernel_seconds": sum(operations.values()),
+        "experts_asked": total.hits + total.misses,
         "stall_share": total.stall_seconds / seconds,
         "queue_depth": done.queue_depth,
     }

@@ -32,6 +32,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="then a prompt of N tokens (default: none)",
     )
+    parser.add_argument(
+        "--parallel",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="sequences decoded together (default 1)",
+    )
     parser.add_argument("--repeats", type=options.count, default=3, metavar="N", help="default: 3")
     parser.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--experts-per-token", type=options.count, metavar="N", help="lossy; to compare")
@@ -54,7 +61,11 @@ def execute(args: argparse.Namespace) -> int:
         "model": Path(bundle).name,
         "machine": describe_machine(choose_isa()[0], cpu_count()),
         "options": {"tokens": args.tokens, "warm": args.warm, "prompt": args.prompt, "repeats": args.repeats}
-        | {"lookahead": args.lookahead, "experts_per_token": args.experts_per_token},
+        | {
+            "parallel": args.parallel,
+            "lookahead": args.lookahead,
+            "experts_per_token": args.experts_per_token,
+        },
         "results": rows,
         "same_logits": len({row["logits_xxh3"] for row in rows}) == 1,
     }
@@ -74,7 +85,14 @@ def _measure(args: argparse.Namespace, bundle: Path, memory: int | None) -> dict
     from flashmoe.bench.stream import StreamOptions, measure_in_process
 
     wanted = StreamOptions(
-        str(bundle), memory, args.warm, args.tokens, args.prompt, args.lookahead, args.experts_per_token
+        str(bundle),
+        memory,
+        args.warm,
+        args.tokens,
+        args.prompt,
+        args.lookahead,
+        args.experts_per_token,
+        parallel=args.parallel,
     )
     runs = []
     for repeat in range(args.repeats):

@@ -83,6 +83,18 @@ class Workbench:
                 _fill(layer, tokens, rng)
         state.position = tokens
 
+    def always_nbytes(self, sequences: int) -> int:
+        """Bytes that one decoded token of each of so many sequences reads at least, apart from routed experts."""
+        parts = self._parts
+        config, model = parts.model.config, type(parts.model)
+        routed = sum(self._per_token * layer.ffn.nbytes for layer in parts.bundle.expert_layers)
+        states = model.state_traffic(config)
+        return parts.token_nbytes - routed + (sequences - 1) * states
+
+    @property
+    def _per_token(self) -> int:
+        return self.engine._options.experts_per_token or self._parts.model.config.num_experts_per_tok
+
     def step_nbytes(self, context: int) -> int:
         """Bytes of weights, states, keys and values that one decoded token reads at least."""
         total = self._parts.token_nbytes
@@ -101,9 +113,7 @@ class Workbench:
                 each += 3 * info.codec.hidden * info.codec.intermediate
             elif info.name not in (head, "embed_tokens") and info.rows > 1 and info.cols > 64:
                 each += info.rows * info.cols
-        per_token = self._parts.model.config.num_experts_per_tok
-        if self.engine._options.experts_per_token:
-            per_token = self.engine._options.experts_per_token
+        per_token = self._per_token
         for layer in bundle.expert_layers:
             each += per_token * 3 * layer.ffn.hidden * layer.ffn.intermediate
         info = bundle.tensor(head)
