@@ -2,128 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flashmoe.chat.dialects import Dialect, PlainParser, TextDelta, ToolCallArguments, ToolCallStart
-from flashmoe.chat.dialects.deepseek import DeepSeek
-from flashmoe.chat.dialects.harmony import Harmony
-from flashmoe.chat.dialects.hermes_json import HermesJson
-from flashmoe.chat.dialects.mistral import Mistral
+from flashmoe.chat.dialects import PlainParser, TextDelta, ToolCallArguments, ToolCallStart
 from flashmoe.chat.dialects.qwen_xml import QwenXml
 from flashmoe.errors import PromptError
 
-Calls = list[tuple[str, Mapping[str, Any]]]
+Calls = list[tuple[str, Any]]
 Read = Callable[..., Any]
 
-
-def dumps(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def qwen_xml(calls: Calls) -> str:
-    def written(value: object) -> str:
-        return dumps(value) if isinstance(value, dict | list) else str(value)
-
-    def parameters(arguments: Mapping[str, Any]) -> str:
-        return "".join(f"<parameter={k}>\n{written(v)}\n</parameter>\n" for k, v in arguments.items())
-
-    return "\n".join(
-        f"<tool_call>\n<function={name}>\n{parameters(arguments)}</function>\n</tool_call>"
-        for name, arguments in calls
-    )
-
-
-def hermes_json(calls: Calls) -> str:
-    return "\n".join(
-        f'<tool_call>\n{{"name": "{name}", "arguments": {dumps(arguments)}}}\n</tool_call>'
-        for name, arguments in calls
-    )
-
-
-def deepseek(calls: Calls) -> str:
-    written = "".join(
-        f"<｜tool▁call▁begin｜>{n}<｜tool▁sep｜>{dumps(a)}<｜tool▁call▁end｜>" for n, a in calls
-    )
-    return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
-
-
-def deepseek_fenced(calls: Calls) -> str:
-    written = "\n".join(
-        f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{n}\n```json\n{dumps(a)}\n```<｜tool▁call▁end｜>"
-        for n, a in calls
-    )
-    return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
-
-
-def harmony(calls: Calls) -> str:
-    return "<|start|>assistant".join(
-        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{dumps(arguments)}<|call|>"
-        for name, arguments in calls
-    )
-
-
-def mistral(calls: Calls) -> str:
-    return "".join(f"[TOOL_CALLS]{name}[ARGS]{dumps(arguments)}" for name, arguments in calls)
-
-
-def mistral_listed(calls: Calls) -> str:
-    return "[TOOL_CALLS] " + dumps([{"name": name, "arguments": arguments} for name, arguments in calls])
-
-
-@dataclass(frozen=True)
-class Form:
-    """A dialect, how its calls are written, and what it is confused with."""
-
-    dialect: Dialect
-    write: Callable[[Calls], str]
-    markers: tuple[str, ...]
-
-
-_TAGS = ("<tool_call>", "</tool_call>")
-FORMS = {
-    "qwen_xml": Form(
-        QwenXml(),
-        qwen_xml,
-        (*_TAGS, "<function=weather>", "</function>", "<parameter=city>", "<parameter=days>", "</parameter>"),
-    ),
-    "hermes_json": Form(HermesJson(), hermes_json, (*_TAGS, '"name": "weather"', '"arguments": ')),
-    "deepseek": Form(
-        DeepSeek(),
-        deepseek,
-        ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>weather", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
-    ),
-    "deepseek_fenced": Form(
-        DeepSeek(fenced=True),
-        deepseek_fenced,
-        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "weather\n```json", "```", "<｜tool▁calls▁end｜>"),
-    ),
-    "harmony": Form(
-        Harmony(),
-        harmony,
-        (
-            "<|channel|>analysis",
-            "<|start|>assistant",
-            " to=functions.weather",
-            "<|message|>",
-            "<|call|>",
-            "<|end|>",
-        ),
-    ),
-    "mistral": Form(
-        Mistral(), mistral, ("[TOOL_CALLS]", "weather", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
-    ),
-    "mistral_listed": Form(
-        Mistral(listed=True), mistral_listed, ("[TOOL_CALLS]", "[", "]", '"name": "weather"')
-    ),
-}
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 
 _JSON_BITS = (
     "{",
@@ -164,16 +56,15 @@ arguments = st.fixed_dictionaries(
 call_lists = st.lists(st.tuples(st.just("weather"), arguments) | st.just(("now", {})), min_size=1, max_size=3)
 
 
-def soup(form: Form) -> st.SearchStrategy[str]:
+def soup(form: Any) -> st.SearchStrategy[str]:
     """Markers, whole calls and JSON in any order: mostly malformed."""
     whole = form.write([("weather", {"city": "<tool_call>\n"})])
     bits = (*form.markers, whole, whole[: len(whole) // 2], "<think>", "</think>", *_JSON_BITS)
     return st.lists(st.sampled_from(bits) | st.text(max_size=3), max_size=14).map("".join)
 
 
-@every_form
 @given(data=st.data())
-def test_any_cutting_into_pieces_gives_the_same_answer(form: Form, read: Read, data: st.DataObject) -> None:
+def test_any_cutting_into_pieces_gives_the_same_answer(form: Any, read: Read, data: st.DataObject) -> None:
     text = data.draw(soup(form))
     for eager in (False, True):
         for reasoning_open in (False, True):
@@ -183,9 +74,8 @@ def test_any_cutting_into_pieces_gives_the_same_answer(form: Form, read: Read, d
             assert whole == single == pieces
 
 
-@every_form
 @given(data=st.data())
-def test_nothing_of_a_malformed_answer_is_lost(form: Form, read: Read, data: st.DataObject) -> None:
+def test_nothing_of_a_malformed_answer_is_lost(form: Any, read: Read, data: st.DataObject) -> None:
     text = "x" + data.draw(soup(form))  # so that it does not begin with reasoning
     for eager in (False, True):
         answer = read(form.dialect, text, data.draw(cuts), eager=eager)
@@ -193,10 +83,9 @@ def test_nothing_of_a_malformed_answer_is_lost(form: Form, read: Read, data: st.
             assert answer.given_back == text
 
 
-@every_form
 @given(calls=call_lists, cuts=cuts, eager=st.booleans())
 def test_calls_come_back_as_they_were_written(
-    form: Form, read: Read, calls: Calls, cuts: list[int], eager: bool
+    form: Any, read: Read, calls: Calls, cuts: list[int], eager: bool
 ) -> None:
     answer = read(form.dialect, form.write(calls), cuts, eager=eager)
     assert answer.calls == calls
@@ -204,17 +93,20 @@ def test_calls_come_back_as_they_were_written(
     assert answer.ids == [f"id{number}" for number in range(len(calls))]
 
 
-@every_form
 @given(text=st.text(), cuts=cuts)
-def test_text_without_markers_passes_unchanged(form: Form, read: Read, text: str, cuts: list[int]) -> None:
+def test_text_without_markers_passes_unchanged(form: Any, read: Read, text: str, cuts: list[int]) -> None:
+    assume(
+        not any(
+            opening in text for opening in ("think>", "THINK]", "<|", "<｜", "<tool", "<function", "[TOOL")
+        )
+    )
     assert read(form.dialect, text, cuts).text == text
     assert read(form.dialect, text, cuts, reasoning_open=True).reasoning == (
         text if form.dialect.name == "harmony" else text.lstrip("\n")
     )
 
 
-@every_form
-def test_a_cut_call_is_text_wherever_it_is_cut(form: Form, read: Read) -> None:
+def test_a_cut_call_is_text_wherever_it_is_cut(form: Any, read: Read) -> None:
     text = "Wait.\n\n" + form.write([("weather", {"city": "Zürich", "days": 3})])
     complete = 0
     for end in range(len("Wait."), len(text)):
@@ -229,8 +121,7 @@ def test_a_cut_call_is_text_wherever_it_is_cut(form: Form, read: Read) -> None:
     assert complete < 60  # only its closing markers may be missing
 
 
-@every_form
-def test_text_stands_before_between_and_behind_calls(form: Form, read: Read) -> None:
+def test_text_stands_before_between_and_behind_calls(form: Any, read: Read) -> None:
     call = form.write([("now", {})])
     answer = read(form.dialect, f"One\n\n{call}\n Two {call}\n")
     assert answer.calls == [("now", {})] * 2
@@ -238,8 +129,7 @@ def test_text_stands_before_between_and_behind_calls(form: Form, read: Read) -> 
     assert answer.text == ("One\n\n\n Two \n" if form.dialect.name == "harmony" else "One\n Two")
 
 
-@every_form
-def test_eager_sends_arguments_while_they_come(form: Form, tools: list[Any]) -> None:
+def test_eager_sends_arguments_while_they_come(form: Any, tools: list[Any]) -> None:
     text = form.write([("weather", {"city": "ß" * 40, "days": 3})])
     begun = text[: text.index("ß") + 20]
     parser = form.dialect.parser(tools, eager=True)
@@ -250,9 +140,8 @@ def test_eager_sends_arguments_while_they_come(form: Form, tools: list[Any]) -> 
     assert [event for character in begun for event in parser.push(character)] == []
 
 
-@every_form
 def test_an_unknown_function_is_a_call_but_never_announced_early(
-    form: Form, read: Read, tools: list[Any]
+    form: Any, read: Read, tools: list[Any]
 ) -> None:
     text = form.write([("missing", {"city": "x"})])
     assert read(form.dialect, text).calls == [("missing", {"city": "x"})]
@@ -262,15 +151,13 @@ def test_an_unknown_function_is_a_call_but_never_announced_early(
     assert read(form.dialect, text, eager=True).calls == [("missing", {"city": "x"})]
 
 
-@every_form
 @pytest.mark.parametrize("tools", [None, []])
-def test_without_tools_calls_are_text(form: Form, read: Read, tools: list[Any] | None) -> None:
+def test_without_tools_calls_are_text(form: Any, read: Read, tools: list[Any] | None) -> None:
     text = "See: " + form.write([("weather", {"city": "x"})])
     assert read(form.dialect, text, tools=tools).text == text
 
 
-@every_form
-def test_text_comes_at_once_unless_it_may_begin_a_marker(form: Form, tools: list[Any]) -> None:
+def test_text_comes_at_once_unless_it_may_begin_a_marker(form: Any, tools: list[Any]) -> None:
     parser = form.dialect.parser(tools)
     assert parser.push("Hello") == [TextDelta("Hello")]
     assert parser.push(" < or [ ") == [TextDelta(" < or [")]
@@ -280,8 +167,7 @@ def test_text_comes_at_once_unless_it_may_begin_a_marker(form: Form, tools: list
         parser.push("more")
 
 
-@every_form
-def test_a_broken_call_does_not_hide_the_next_one(form: Form, read: Read) -> None:
+def test_a_broken_call_does_not_hide_the_next_one(form: Any, read: Read) -> None:
     good = form.write([("now", {})])
     broken = form.write([("weather", {"city": "x"})]).replace("{", "{,").replace("<parameter=", "<parametre=")
     answer = read(form.dialect, f"{broken}\n{good}")
@@ -289,8 +175,7 @@ def test_a_broken_call_does_not_hide_the_next_one(form: Form, read: Read) -> Non
     assert answer.text.rstrip() == broken
 
 
-@every_form
-def test_a_call_that_is_begun_again_and_again_is_read_once(form: Form, read: Read) -> None:
+def test_a_call_that_is_begun_again_and_again_is_read_once(form: Any, read: Read) -> None:
     whole = form.write([("weather", {"city": "x"})])
     text = whole[: whole.index("x")] * 3000  # quadratic reading would take minutes
     answer = read(form.dialect, text)
@@ -316,30 +201,30 @@ def test_a_tool_without_a_name_is_refused() -> None:
     ],
 )
 def test_reasoning_is_split_at_the_beginning(
-    read: Read, name: str, text: str, reasoning: str, content: str
+    read: Read, forms: Any, name: str, text: str, reasoning: str, content: str
 ) -> None:
-    answer = read(FORMS[name].dialect, text, range(len(text)))
+    answer = read(forms[name].dialect, text, range(len(text)))
     assert (answer.reasoning, answer.text) == (reasoning, content)
 
 
 @pytest.mark.parametrize("name", ["qwen_xml", "hermes_json", "deepseek", "mistral"])
-def test_reasoning_that_the_prompt_opened(read: Read, name: str) -> None:
-    dialect = FORMS[name].dialect
+def test_reasoning_that_the_prompt_opened(read: Read, forms: Any, name: str) -> None:
+    dialect = forms[name].dialect
     opening, closing = ("[THINK]", "[/THINK]") if name == "mistral" else ("<think>", "</think>")
     assert dialect.opens_reasoning(f"...{opening}\n")
     assert not dialect.opens_reasoning(f"...{opening}\n\n{closing}\n\n")
     for begun in ("", "\n", f"{opening}\n"):  # some models open it once more
         answer = read(dialect, f"{begun}a\n\nb\n{closing}\n\nHi", reasoning_open=True)
         assert (answer.reasoning, answer.text) == ("a\n\nb", "Hi")
-    call = FORMS[name].write([("now", {})])
+    call = forms[name].write([("now", {})])
     answer = read(dialect, f"a{closing}\n\n{call}", reasoning_open=True)
     assert (answer.reasoning, answer.text, answer.calls) == ("a", "", [("now", {})])
 
 
 @pytest.mark.parametrize("name", ["hermes_json", "deepseek", "mistral"])
-def test_calls_inside_the_reasoning_are_reasoning(read: Read, name: str) -> None:
-    call = FORMS[name].write([("now", {})])
-    assert read(FORMS[name].dialect, f"a {call} b", reasoning_open=True).reasoning == f"a {call} b"
+def test_calls_inside_the_reasoning_are_reasoning(read: Read, forms: Any, name: str) -> None:
+    call = forms[name].write([("now", {})])
+    assert read(forms[name].dialect, f"a {call} b", reasoning_open=True).reasoning == f"a {call} b"
 
 
 def test_a_model_without_tools_has_its_reasoning_split(join: Callable[..., Any]) -> None:
