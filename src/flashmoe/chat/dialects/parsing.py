@@ -72,7 +72,8 @@ class CallDraft:
 
     def arguments(self, piece: str) -> None:
         """The next piece of its arguments."""
-        self._kept.append(ToolCallArguments(self._index, piece))
+        if piece:
+            self._kept.append(ToolCallArguments(self._index, piece))
         if self._announced:
             self._pass_on()
 

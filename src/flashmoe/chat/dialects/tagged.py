@@ -90,11 +90,9 @@ class TaggedParser(DialectParser):
     def _behind_calls(self) -> Step[None]:
         """Drop closing markers, and white space at the very end; what precedes more text is kept."""
         source = self.source
-        while True:
+        mark = source.position
+        yield from source.spaces()
+        while (yield from source.accept(*self._closers)) is not None:
             mark = source.position
             yield from source.spaces()
-            if source.position == len(source.text):
-                return
-            if not self._closers or (yield from source.accept(*self._closers)) is None:
-                source.position = mark
-                return
+        source.position = len(source.text) if source.at_end("", *self._closers) else mark
