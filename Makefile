@@ -16,7 +16,7 @@ PEER_BENCH ?= $(CACHE)/peer/build/bin/llama-bench
 PEER_MODEL ?= $(CACHE)/peer/q35-l8.gguf
 BENCH_FLAGS ?= --prompt 128,512,2048 --context 0,4096 --profile
 
-.PHONY: run test build lint bench native-sanitize test-arm instruction-budget instruction-budget-record oracle demo-model fixtures clean
+.PHONY: run test fuzz build lint bench native-sanitize test-arm instruction-budget instruction-budget-record oracle demo-model fixtures clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -32,6 +32,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m pytest tests --ignore=tests/oracle
+
+# A hundred times the examples of `make test`, some twenty minutes; FUZZ="-k manifest" takes one of them.
+fuzz: $(VENV)/.installed
+	$(PY) -m pytest tests/fuzz --hypothesis-profile=fuzz $(FUZZ)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

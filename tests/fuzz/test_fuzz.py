@@ -87,7 +87,7 @@ def changed_once(draw: st.DrawFn, tree: Any) -> None:
     key, old = place[-1], owner[place[-1]]
     kind = draw(st.sampled_from(["value", "value", "value", "number", "remove", "rename", "double", "swap"]))
     if kind == "number" and type(old) in (int, float):
-        owner[key] = draw(st.sampled_from([old + 1, old - 1, 2 * old, 16 * old, -old, old / 2, 1000 * old]))
+        owner[key] = draw(st.sampled_from([old + 1, old - 1, 2 * old, 16 * old, -old, old // 2, 1000 * old]))
     elif kind == "remove":
         del owner[key]
     elif kind == "rename" and isinstance(owner, dict):
@@ -165,7 +165,7 @@ def with_header(original: bytes, text: bytes, draw: Callable[[st.SearchStrategy[
 class Files:
     """A copy of a folder in which some files can be given other contents."""
 
-    def __init__(self, folder: Path, **contents: bytes) -> None:
+    def __init__(self, folder: Path) -> None:
         self._temporary = tempfile.TemporaryDirectory(dir=folder.parent)
         self.path = Path(self._temporary.name) / "model"
         shutil.copytree(folder, self.path)

@@ -24,6 +24,7 @@ FORMAT = "flashmoe-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 RESIDENT_FILE = "resident.safetensors"
+TENSOR_ALIGN = 64  # in resident.safetensors; a cache line, so that tiles never straddle one needlessly
 EXPERTS_FOLDER = "experts"
 JOURNAL_FILE = "convert.journal"  # of a bundle in the making; gone when it is whole
 _MAX_DIM = 1 << 31
@@ -150,7 +151,7 @@ def parse_manifest(value: object) -> Manifest:
         tensors={n: _tensor_from_json(n, v) for n, v in _object(root.get("tensors"), "tensors").items()},
         expert_count=count,
         experts=layers,
-        skipped=[_object(item, "skipped") for item in _list(root.get("skipped"), "skipped")],
+        skipped=[_skipped(item) for item in _list(root.get("skipped"), "skipped")],
         files={n: _file_from_json(n, v) for n, v in _object(root.get("files", {}), "files").items()},
     )
 
@@ -196,7 +197,7 @@ def _layer_from_json(value: object, count: int) -> LayerRecord:
     layer = _size(body, "layer", "experts.layers", least=0)
     where = f"experts layer {layer}"
     file = _text(body, "file", where)
-    if file.startswith("/") or "\\" in file or ".." in Path(file).parts:
+    if not _is_inside(file):
         raise BundleError(f"{where} names the file {file!r}, outside the bundle: convert the model again")
     ffn = ffn_from_json(body.get("ffn"))
     record_nbytes = _size(body, "record_nbytes", where)
@@ -212,9 +213,21 @@ def _layer_from_json(value: object, count: int) -> LayerRecord:
 
 def _file_from_json(name: str, value: object) -> FileRecord:
     body = _object(value, f"files.{name}")
-    if not name or "/" in name or "\\" in name or name in (".", ".."):
+    if "/" in name or not _is_inside(name):
         raise BundleError(f"files names {name!r}, outside the bundle: convert the model again")
     return FileRecord(_size(body, "nbytes", f"files.{name}", least=0), _hash(body.get("xxh3"), name))
+
+
+def _is_inside(name: str) -> bool:
+    """A path that stays in the bundle, in characters that every file system takes (no NUL, no half surrogate)."""
+    parts = Path(name).parts
+    return bool(parts) and name.isprintable() and not {"..", "/"} & set(parts) and "\\" not in name
+
+
+def _skipped(value: object) -> dict[str, Any]:
+    body = _object(value, "skipped")
+    counts = {key: _size(body, key, "skipped", least=0, most=1 << 62) for key in ("tensors", "nbytes")}
+    return {**body, "prefix": _text(body, "prefix", "skipped"), **counts}
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
@@ -236,9 +249,9 @@ def _text(body: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _size(body: dict[str, Any], key: str, where: str, least: int = 1) -> int:
+def _size(body: dict[str, Any], key: str, where: str, least: int = 1, most: int = _MAX_DIM - 1) -> int:
     value = body.get(key)
-    if type(value) is not int or not least <= value < _MAX_DIM:
+    if type(value) is not int or not least <= value <= most:
         raise BundleError(f"{key} of {where} is {value!r}, no sensible number: convert the model again")
     return value
 

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.bundle.codecs import U8, Codec, DenseCodec, FfnLayout
-from flashmoe.bundle.manifest import RESIDENT_FILE, LayerRecord, Manifest, TensorRecord, load_manifest
+from flashmoe.bundle.manifest import (
+    RESIDENT_FILE,
+    TENSOR_ALIGN,
+    LayerRecord,
+    Manifest,
+    TensorRecord,
+    load_manifest,
+)
 from flashmoe.checkpoint.header import TensorEntry, read_header
 from flashmoe.checkpoint.pread import read_exact
 from flashmoe.errors import BundleError, CheckpointError
@@ -147,6 +154,10 @@ def _resident_tensors(path: Path, manifest: Manifest) -> dict[str, TensorInfo]:
         entry = header.tensors.get(name)
         if entry is None or entry.shape != record.stored_shape or entry.dtype != _stored_dtype(record):
             raise BundleError(f"{file} and the manifest disagree about {name!r}: convert the model again")
+        if entry.offset % TENSOR_ALIGN:  # kernels load whole cache lines, and float arrays are views
+            raise BundleError(
+                f"{file}: {name!r} is not at a multiple of {TENSOR_ALIGN}: convert the model again"
+            )
         tensors[name] = _tensor_info(name, record, entry)
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset))
 

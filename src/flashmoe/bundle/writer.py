@@ -13,11 +13,10 @@ import numpy as np
 import xxhash
 
 from flashmoe.bundle.codecs import U8, align_up
-from flashmoe.bundle.manifest import MANIFEST_FILE, Manifest
+from flashmoe.bundle.manifest import MANIFEST_FILE, TENSOR_ALIGN, Manifest
 from flashmoe.errors import BundleError
 
 PARTIAL = ".partial"
-TENSOR_ALIGN = 64  # a cache line, so that tiles never straddle one needlessly
 DATA_ALIGN = 4096
 PAD_PREFIX = "__pad."
 _HASH_CHUNK = 4 << 20

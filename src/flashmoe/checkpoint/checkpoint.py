@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ class Checkpoint:
         """
         weight = self.ref(module if module in self.tensors else f"{module}.weight")
         shape = weight.entry.shape
-        found_rows = int(np.prod(shape[:-1], dtype=np.int64)) if len(shape) > 1 else 0
+        found_rows = math.prod(shape[:-1]) if len(shape) > 1 else 0
         if f"{module}.scales" in self.tensors:
             matrix: Matrix = self._affine(module, weight, rows, cols)
         else:
@@ -234,8 +236,10 @@ def _shard_names(path: Path) -> list[str]:
             f"{index} cannot be read ({type(error).__name__}: {error}): download it again"
         ) from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names the shard {name!r}, outside its folder: download it again")
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(
+                f"{index} names the shard {reprlib.repr(name)}, outside its folder: download it again"
+            )
         if not (path / name).exists():
             raise CheckpointError(
                 f"{path / name} is missing: download it again (the index names {len(names)} files)"
@@ -275,7 +279,7 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     if method is not None or table.get("mode", "affine") != "affine":
         kind = method or table.get("mode")
         raise CheckpointError(
-            f"config.json says {kind!r} quantisation, which flashmoe does not read: use bf16 or MLX affine"
+            f"config.json says {reprlib.repr(kind)} quantisation, which flashmoe does not read: use bf16 or MLX affine"
         )
     for key, value in {"": table, **table}.items():
         if (

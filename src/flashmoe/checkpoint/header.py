@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ DTYPE_NBYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the limit of the official reader
+_MAX_DIMS, _MAX_DIM = (
+    16,
+    1 << 48,
+)  # products of more and larger ones take hours, of tensors that cannot be there
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
     start = 8 + len(text)
     tensors = {name: _entry(path, name, value, start, file_nbytes) for name, value in table.items()}
     _check_overlap(path, tensors)
-    return Header(tensors, {k: str(v) for k, v in metadata.items()}, file_nbytes)
+    return Header(tensors, {k: v for k, v in metadata.items() if isinstance(v, str)}, file_nbytes)
 
 
 def _entry(path: Path, name: str, value: Any, start: int, file_nbytes: int) -> TensorEntry:
@@ -83,10 +88,14 @@ def _entry(path: Path, name: str, value: Any, start: int, file_nbytes: int) -> T
         raise _damaged(path, f"the entry of {name!r} is no JSON object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_NBYTES:
-        raise CheckpointError(f"{path}: tensor {name!r} has the type {dtype!r}, which flashmoe does not read")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the type {reprlib.repr(dtype)}, which flashmoe does not read"
+        )
     if not _is_int_list(shape) or not _is_int_list(offsets) or len(offsets) != 2:
         raise _damaged(path, f"the shape or the offsets of {name!r} are not lists of integers")
     begin, end = offsets
+    if len(shape) > _MAX_DIMS or any(size > _MAX_DIM for size in shape):
+        raise _damaged(path, f"{name!r} has the shape {reprlib.repr(shape)}")
     nbytes = math.prod(shape) * DTYPE_NBYTES[dtype]
     if begin > end or start + end > file_nbytes or end - begin != nbytes:
         raise _damaged(path, f"{name!r} {dtype} {shape} does not fit bytes {begin}..{end} of the data")

@@ -17,6 +17,7 @@ from flashmoe.convert.outline import make_outline
 from flashmoe.convert.plan import DEFAULT_BITS, make_plan
 from flashmoe.convert.sources import Sources
 from flashmoe.errors import CheckpointError, ConfigError
+from flashmoe.models.fit import check_fit
 from flashmoe.models.registry import find_family
 
 Tensor = tuple[str, Codec, tuple[int, ...]]
@@ -48,7 +49,8 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
 
 
 def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    manifest = bundle.manifest
+    manifest, family = bundle.manifest, find_family(bundle.config)
+    check_fit(bundle, family, family.config(bundle.config))
     tensors = [(name, record.codec, record.shape) for name, record in manifest.tensors.items()]
     return {
         "kind": "bundle",

@@ -186,7 +186,8 @@ class Engine:
         self.start()
         self.finish_reason = None
         timing = self._timing = _Timing(prompt_tokens=len(prompt))
-        self._prompt_store = self._parts.cache.stats()
+        self._prompt_store = self._decode_store = self._parts.cache.stats()
+        self._decode_reads = self._parts.reader.stats()
         began = time.perf_counter()
         logits = self.feed(prompt, "last")
         timing.prompt_seconds = time.perf_counter() - began

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe import env
 from flashmoe.bundle.codecs import U8
-from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import memory
 from flashmoe.engine.bound import measure_drive
@@ -16,9 +15,10 @@ from flashmoe.engine.embedding import make_embedding, streamed_nbytes, table_nby
 from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.lookahead import MODES as LOOKAHEAD_MODES
 from flashmoe.engine.resident import ResidentWeights, resident_range
-from flashmoe.errors import BundleError, ConfigError
+from flashmoe.errors import ConfigError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.kv_cache import CACHE_DTYPES
+from flashmoe.models.fit import check_fit
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
@@ -60,7 +60,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
     bundle = Bundle.open(path)
     family = find_family(bundle.config)
     config = _config(family, bundle, options)
-    _check_bundle(bundle, family, config)
+    check_fit(bundle, family, config)
     context = _context(config, options)
     kv_cache = _kv_cache(options)
     kv_dtype = CACHE_DTYPES[kv_cache]
@@ -168,29 +168,6 @@ def _kv_cache(options: EngineOptions) -> str:
     if name not in CACHE_DTYPES:
         raise ConfigError(f"unknown --kv-cache {name!r}: choose one of {', '.join(CACHE_DTYPES)}")
     return name
-
-
-def _check_bundle(bundle: Bundle, family: ModelFamily, config: Qwen35Config) -> None:
-    """Manifest and config.json must speak of the same model; tensors are compared when they are bound."""
-    if bundle.model_type != family.model_type:
-        raise BundleError(
-            f"{bundle.path / MANIFEST_FILE}: model_type is {bundle.model_type!r}, config.json says "
-            f"{family.model_type!r}: convert the model again"
-        )
-    wanted = set(range(config.num_hidden_layers)) - config.dense_layers
-    if {layer.layer for layer in bundle.expert_layers} != wanted:
-        raise BundleError(
-            f"{bundle.path / MANIFEST_FILE} does not list the experts of exactly the {len(wanted)} layers that "
-            "config.json gives experts: convert the model again"
-        )
-    sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
-    for layer in bundle.expert_layers:
-        found = (layer.count, layer.ffn.hidden, layer.ffn.intermediate)
-        if found != sizes:
-            raise BundleError(
-                f"{layer.path}: experts, hidden and intermediate size are {found}, config.json wants {sizes}: "
-                "convert the model again"
-            )
 
 
 def _context(config: Qwen35Config, options: EngineOptions) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from flashmoe.errors import ConfigError
@@ -42,7 +41,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, least, most, inclusive in _RANGES:
             value = getattr(self, name)
-            fits = isinstance(value, (int, float)) and math.isfinite(value) and least <= value <= most
+            fits = isinstance(value, (int, float)) and least <= value <= most
             if not fits or (value == least and not inclusive):
                 bracket = "[" if inclusive else "("
                 raise ConfigError(f"{name} must lie in {bracket}{least:g}, {most:g}], got {value!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from flashmoe.errors import ConfigError
 
 LINEAR, FULL = "linear_attention", "full_attention"
 _MAX_INT = 1 << 31
+_MAX_FLOAT = 1e30  # float32 holds it, and an integer of JSON may be too long for any float
+# Lists and tables grow with these before a tensor is compared with them; real models have 94 layers, heads of 256.
+_MAX_LAYERS, _MAX_HEAD = 1 << 12, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Qwen35Config:
         """
         fields = _Fields(raw)
         _refuse_variants(fields)
-        num_layers = fields.integer("num_hidden_layers")
+        num_layers = fields.integer("num_hidden_layers", most=_MAX_LAYERS)
         num_experts = fields.integer("num_experts")
         heads = fields.integer("num_attention_heads")
         rope = fields.rope()
@@ -84,7 +86,7 @@ class Qwen35Config:
             layer_types=_layer_types(fields, num_layers),
             num_attention_heads=heads,
             num_key_value_heads=fields.divisor_of("num_key_value_heads", heads, "num_attention_heads"),
-            head_dim=fields.integer("head_dim"),
+            head_dim=fields.integer("head_dim", most=_MAX_HEAD),
             linear_num_key_heads=fields.integer("linear_num_key_heads"),
             linear_num_value_heads=fields.integer("linear_num_value_heads"),
             linear_key_head_dim=fields.integer("linear_key_head_dim"),
@@ -138,7 +140,7 @@ class _Fields:
 
     def positive(self, key: str) -> float:
         value = self._table.get(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
+        if type(value) not in (int, float) or not 0 < value <= _MAX_FLOAT:  # type: ignore[operator]
             self.refuse(key, "must be a positive number")
         return float(value)  # type: ignore[arg-type]
 

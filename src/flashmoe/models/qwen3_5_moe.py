@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import DTypeLike, NDArray
 
-from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.models.qwen3_5_config import FULL, Qwen35Config
 from flashmoe.nn.attention import AttentionShape, GatedAttention, KeyValueCache, RotaryTable
 from flashmoe.nn.delta_net import DeltaNetShape, DeltaNetState, GatedDeltaNet
 from flashmoe.nn.moe import FEW, DenseMlp, Experts, Foresight, MoeShape, SparseMoe
@@ -62,7 +62,9 @@ class Qwen35Moe:
         self.config, self._ops, self._embed = config, ops, embed
         self.context = context
         self._work = Workspace()
-        rotary = RotaryTable(context, config.rotary_dim, config.rope_theta)
+        rotary = RotaryTable(
+            context if FULL in config.layer_types else 0, config.rotary_dim, config.rope_theta
+        )
         per_token = experts_per_token or config.num_experts_per_tok
         self._mixers: list[GatedDeltaNet | GatedAttention] = []
         self._ffns: list[SparseMoe | DenseMlp] = []

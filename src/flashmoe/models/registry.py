@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,4 +56,6 @@ def find_family(raw: Mapping[str, Any]) -> ModelFamily:
         if isinstance(candidate, str) and candidate in FAMILIES:
             return FAMILIES[candidate]
     known = ", ".join(sorted(FAMILIES))
-    raise ConfigError(f"config.json: model_type {model_type!r} is not supported: use a model of type {known}")
+    raise ConfigError(
+        f"config.json: model_type {reprlib.repr(model_type)} is not supported: use a model of type {known}"
+    )

@@ -1,0 +1,53 @@
+"""Whether a bundle holds exactly what its config.json asks for, before anything is allocated or read."""
+
+from __future__ import annotations
+
+from flashmoe.bundle.manifest import MANIFEST_FILE
+from flashmoe.bundle.reader import Bundle
+from flashmoe.errors import BundleError
+from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.models.registry import ModelFamily
+from flashmoe.models.spec import FfnSpec, Spec, VectorSpec
+
+
+def check_fit(bundle: Bundle, family: ModelFamily, config: Qwen35Config) -> None:
+    """Raise BundleError when manifest and config.json speak of different models, layers or sizes."""
+    if bundle.model_type != family.model_type:
+        raise BundleError(
+            f"{bundle.path / MANIFEST_FILE}: model_type is {bundle.model_type!r}, config.json says "
+            f"{family.model_type!r}: convert the model again"
+        )
+    wanted = set(range(config.num_hidden_layers)) - config.dense_layers
+    if {layer.layer for layer in bundle.expert_layers} != wanted:
+        raise BundleError(
+            f"{bundle.path / MANIFEST_FILE} does not list the experts of exactly the {len(wanted)} layers that "
+            "config.json gives experts: convert the model again"
+        )
+    sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    for layer in bundle.expert_layers:
+        found = (layer.count, layer.ffn.hidden, layer.ffn.intermediate)
+        if found != sizes:
+            raise BundleError(
+                f"{layer.path}: experts, hidden and intermediate size are {found}, config.json wants {sizes}: "
+                "convert the model again"
+            )
+    for spec in family.spec(config).resident:
+        _check_tensor(bundle, spec)
+
+
+def _check_tensor(bundle: Bundle, spec: Spec) -> None:
+    bundle.tensor(spec.name)  # a BundleError when it is missing
+    found = bundle.manifest.tensors[spec.name].shape
+    if found != (wanted := _shape(spec)):
+        raise BundleError(
+            f"{bundle.path}: {spec.name} is {' x '.join(map(str, found))}, config.json wants {wanted}: convert again"
+        )
+
+
+def _shape(spec: Spec) -> tuple[int, ...]:
+    """The logical shape in the manifest."""
+    if isinstance(spec, VectorSpec):
+        return spec.shape
+    if isinstance(spec, FfnSpec):
+        return spec.intermediate, spec.hidden
+    return spec.source.picked_rows, spec.source.cols
