@@ -10,9 +10,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO
 
 import numpy as np
@@ -26,7 +27,9 @@ from flashmoe.types import format_size
 
 # Reads of a layer that are issued together: a layer misses a few of its experts, not a queue full.
 BATCHES = (1, 2, 4, 8)
-SCRATCH_NBYTES = 512 << 20  # far more than a drive's own memory would hold by chance between two reads of a record
+SCRATCH_NBYTES = (
+    512 << 20
+)  # far more than a drive's own memory would hold by chance between two reads of a record
 _SCRATCH_RECORDS = 64  # of very large experts
 _WRITE_NBYTES = 8 << 20
 _FREE_MARGIN = 64 << 20
@@ -36,7 +39,7 @@ _STREAM_SECONDS = 0.7
 _FILL_NBYTES = 512 << 20
 _FILL_SHARE = 4  # of the memory that is free, at most a quarter is filled
 _MEMORY_NBYTES = 256 << 20
-_MEMORY_PASSES = 3
+_MEMORY_SECONDS = 1.0
 _STRIDE = 7919  # a prime: neither sequential nor ever the same record twice in a row
 
 
@@ -59,12 +62,9 @@ def scratch_file(directory: Path, record_nbytes: int) -> Iterator[Path]:
     """
     nbytes = scratch_records(record_nbytes) * record_nbytes
     _check_room(directory, nbytes)
-    try:
-        file = tempfile.NamedTemporaryFile(dir=directory, prefix=".flashmoe-plan-")
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    with file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".flashmoe-plan-"))
             _write_random(file, nbytes)
         except OSError as error:
             raise _unwritable(directory, error) from error
@@ -88,10 +88,13 @@ def measure_drive(files: list[tuple[Path, int]], record_nbytes: int) -> DriveRat
 
 
 def measure_memory(threads: int) -> float:
-    """Bytes per second at which all threads together read memory, mean over a few tenths of a second."""
+    """Bytes per second at which all threads together read memory, the median over a second."""
     data = np.ones(_MEMORY_NBYTES, np.uint8)
-    ops = CpuOps(threads)
-    return sum(ops.read_bandwidth(data) for _ in range(_MEMORY_PASSES)) / _MEMORY_PASSES
+    ops, rates = CpuOps(threads), list[float]()
+    end = time.perf_counter() + _MEMORY_SECONDS
+    while not rates or time.perf_counter() < end:
+        rates.append(ops.read_bandwidth(data))
+    return median(rates)
 
 
 def measure_products(threads: int) -> float:
@@ -182,7 +185,9 @@ def _unwritable(directory: Path, error: OSError) -> ConfigError:
 
 def _check_room(directory: Path, nbytes: int) -> None:
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is no directory: give --dir one on the drive that will hold the model")
+        raise ConfigError(
+            f"{directory} is no directory: give --dir one on the drive that will hold the model"
+        )
     free = shutil.disk_usage(directory).free
     if free < nbytes + _FREE_MARGIN:
         raise ConfigError(

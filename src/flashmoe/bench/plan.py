@@ -90,9 +90,7 @@ def measure_machine(
     return Machine(batches, stream, fill, memory, products), facts
 
 
-def forecast(
-    machine: Machine, work: ModelWork, plan: MemoryPlan, prompts: Sequence[int]
-) -> dict[str, Any]:
+def forecast(machine: Machine, work: ModelWork, plan: MemoryPlan, prompts: Sequence[int]) -> dict[str, Any]:
     """Decode at the begin and at the end of the context, and first prompts; each from low to high (JSON values)."""
     last = plan.context - 1
     fitting = [tokens for tokens in prompts if tokens < plan.context]

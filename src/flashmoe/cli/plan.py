@@ -72,7 +72,9 @@ def execute(args: argparse.Namespace) -> int:
     machine, rates = measure_machine(args.path, args.dir, facts["record_nbytes"], args.threads, given)
     work = model_work(raw, facts, per_token, args.kv_cache or "f16")
     report = {
-        "model": {name: value for name, value in facts.items() if name not in ("codecs", "skipped", "unknown")},
+        "model": {
+            name: value for name, value in facts.items() if name not in ("codecs", "skipped", "unknown")
+        },
         "native_experts_per_token": native,
         "machine": rates,
         "budgets": [

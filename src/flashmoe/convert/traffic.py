@@ -12,7 +12,7 @@ Tensor = tuple[str, Codec, tuple[int, ...]]
 
 _PARTS = ("dense", "shared", "head", "expert")
 _SHARED = ".mlp.shared_expert"
-_NARROW = 64  # columns; a float tensor with fewer is a convolution or a vector, no product of a matrix
+_NARROW = 64  # columns; a float tensor with no more is a convolution, no matrix
 
 
 def stored_nbytes(codec: Codec, shape: tuple[int, ...]) -> int:
@@ -42,6 +42,5 @@ def token_traffic(tensors: Sequence[Tensor], layouts: Sequence[FfnLayout]) -> di
 def _products(codec: Codec, shape: tuple[int, ...]) -> int:
     if isinstance(codec, FfnLayout):
         return 3 * codec.hidden * codec.intermediate
-    if isinstance(codec, DenseCodec) and (len(shape) < 2 or shape[-1] <= _NARROW):
-        return 0
-    return math.prod(shape)
+    matrix = len(shape) == 2 and shape[0] > 1 and (shape[1] > _NARROW or not isinstance(codec, DenseCodec))
+    return math.prod(shape) if matrix else 0

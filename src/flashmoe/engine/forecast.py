@@ -21,7 +21,7 @@ F64 = NDArray[np.float64]
 UNIFORM, SKEWED = 0.0, 1.05
 # What the engine reaches of each rate that is measured alone (docs/plan.md has the measurements behind them).
 MEMORY_SHARE = 0.85
-DRIVE_SHARE = 0.93  # two cores that compute delay the threads that read
+DRIVE_SHARE = 0.97  # two cores that compute delay the threads that read
 PRODUCT_SHARE = 0.45
 FLOAT_SHARE = 0.75
 # A vector register holds 64 products of bytes, or 16 multiply-adds of floats.
@@ -138,7 +138,8 @@ def popularity(experts: int, per_token: int, skew: float) -> F64:
             low = middle
         else:
             high = middle
-    return np.minimum(1.0, high * ranks)
+    picks: F64 = np.minimum(1.0, high * ranks)
+    return picks
 
 
 def hit_rate(picks: F64, slots: float) -> float:
