@@ -23,9 +23,9 @@ _PROBE = 16
 MODES = ("auto", "on", "off")
 
 
-def reads_ahead(slots: int, experts_per_token: int) -> bool:
-    """Whether a pool is large enough for reading ahead."""
-    return slots >= _MIN_STEPS * max(AHEAD, experts_per_token)
+def reads_ahead(slots: int, experts: int) -> bool:
+    """Whether a pool is large enough for reading ahead beside a step of so many experts."""
+    return slots >= _MIN_STEPS * experts
 
 
 class Lookahead:
