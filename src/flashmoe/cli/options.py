@@ -44,11 +44,6 @@ def numbers(text: str) -> list[int]:
     return [whole(part.strip()) for part in text.split(",")] if text.strip() else []
 
 
-def sizes(text: str) -> list[int]:
-    """Sizes, separated by commas."""
-    return [size(part) for part in text.split(",")]
-
-
 def rate(text: str) -> float:
     """A number above 0."""
     value = real(text)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.engine.experts import READ_ON_SHARE
 from flashmoe.engine.lookahead import AHEAD, reads_ahead
+from flashmoe.store.cache import ExpertCache
 
 F64 = NDArray[np.float64]
 
@@ -198,10 +200,12 @@ def decode(machine: Machine, model: ModelWork, slots: int, skew: float, position
 def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens: int, chunk: int) -> Speed:
     """A first prompt of `tokens` tokens, taken `chunk` at a time with an empty pool.
 
-    Each expert that a chunk needs is visited once.  Reads overlap with the experts' products, not with the mixers.
+    Each expert that a chunk needs is visited once.  Reads overlap with the experts' products, and with the next layer's
+    mixer when a layer needs nearly all of its experts: as many of them as staging slots hold.
     """
     picks = popularity(model.experts, model.per_token, skew)
     everything = model.expert_layers * model.experts
+    staging = ExpertCache.staging_slots(slots) * model.record_nbytes / (machine.stream * DRIVE_SHARE)
     asked = filled = reads_total = seconds = drive_seconds = 0.0
     total = Work()
     for begin in range(0, tokens, chunk):
@@ -214,8 +218,11 @@ def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens:
         drive /= DRIVE_SHARE
         dense = _dense_of(model, begin, count)
         experts = _experts_of(model, needed, count)
-        seconds += dense.seconds(machine) + model.expert_layers * LAYER_SECONDS
-        seconds += max(drive, experts.seconds(machine) + reads * READ_SECONDS)
+        mixers = dense.seconds(machine) + model.expert_layers * LAYER_SECONDS
+        idle = mixers
+        if needed >= READ_ON_SHARE * everything:
+            idle = max(0.0, mixers - model.expert_layers * staging)
+        seconds += max(drive + idle, mixers + experts.seconds(machine) + reads * READ_SECONDS)
         filled += fresh
         asked, reads_total, drive_seconds = asked + needed, reads_total + reads, drive_seconds + drive
         total = total.plus(dense).plus(experts)
