@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "answer over HTTP: OpenAI's and Anthropic's APIs",
     "convert": "make a bundle from a Hugging Face or MLX checkpoint",
     "inspect": "show what a bundle or a checkpoint contains and what memory it needs",
+    "plan": "foretell speed and memory of a model on this machine, before it is downloaded",
     "verify": "check every byte of a bundle against its checksums",
     "synth": "make a bundle of a real model's exact shape with random weights",
     "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,26 +53,40 @@ def execute(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[MemoryPlan | None, str]:
     """The split of the budget; or, when none was asked for and the machine is too small, the reason."""
     from flashmoe.engine.memory import make_plan
-    from flashmoe.engine.tokenizer import TextTokenizer
 
-    # A run holds its tokenizer when it plans: more than 100 MiB for a vocabulary of 248,320.
-    held = TextTokenizer.open(args.path) if (args.path / "tokenizer.json").is_file() else None
     try:
-        return make_plan(_demand(args, facts), args.memory), ""
+        with tokenizer_held(args.path):
+            return make_plan(model_demand_of(args, facts), args.memory), ""
     except BudgetError as error:
         if args.memory is not None:
             raise
         return None, str(error)
+
+
+@contextmanager
+def tokenizer_held(path: Path) -> Iterator[None]:
+    """Memory as it is when a run plans: with its tokenizer, more than 100 MiB for a vocabulary of 248,320."""
+    from flashmoe.engine.tokenizer import TextTokenizer
+
+    held = TextTokenizer.open(path) if (path / "tokenizer.json").is_file() else None
+    try:
+        yield
     finally:
         del held
 
 
-def _demand(args: argparse.Namespace, facts: dict[str, Any]) -> Demand:
+def config_of(path: Path) -> dict[str, Any]:
+    """The raw config.json of a bundle, a checkpoint, or itself, which describe() has read already."""
+    raw: dict[str, Any] = json.loads((path if path.is_file() else path / "config.json").read_bytes())
+    return raw
+
+
+def model_demand_of(args: argparse.Namespace, facts: dict[str, Any]) -> Demand:
+    """What the planner must know, from describe()'s facts and the options path, context and kv_cache."""
     from flashmoe.engine.loading import model_demand
     from flashmoe.models.registry import find_family
 
-    path: Path = args.path
-    raw = json.loads((path if path.is_file() else path / "config.json").read_bytes())
+    raw = config_of(args.path)
     family = find_family(raw)
     return model_demand(
         family,

@@ -51,6 +51,14 @@ def numbers(text: str) -> list[int]:
     return [whole(part.strip()) for part in text.split(",")] if text.strip() else []
 
 
+def rate(text: str) -> float:
+    """A number above 0."""
+    value = real(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def real(text: str) -> float:
     """A finite number."""
     try:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
-from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, RESIDENT_FILE, stored_shape
+from flashmoe.bundle.codecs import Codec, FfnLayout, TileCodec
+from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, RESIDENT_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.convert.outline import make_outline
 from flashmoe.convert.plan import DEFAULT_BITS, make_plan
 from flashmoe.convert.sources import Sources
+from flashmoe.convert.traffic import Tensor, stored_nbytes, token_traffic
 from flashmoe.errors import CheckpointError, ConfigError
 from flashmoe.models.fit import check_fit
 from flashmoe.models.registry import find_family
-
-Tensor = tuple[str, Codec, tuple[int, ...]]
 
 # No checkpoint has these: a folder with one of them is a bundle, if perhaps an unfinished one.
 _BUNDLE_FILES = (MANIFEST_FILE, RESIDENT_FILE, JOURNAL_FILE)
@@ -32,7 +30,8 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     Keys: kind (bundle | checkpoint | config), model_type, layers, attention_layers, hidden_size, vocab_size,
     experts, experts_per_token, expert_layers, codecs (label -> number of matrices), resident_nbytes,
     embedding_nbytes (an untied embedding, of which only rows are read; not part of resident_nbytes),
-    expert_nbytes (all), record_nbytes (one expert, the largest), token_expert_nbytes (experts of one token),
+    expert_nbytes (all), record_nbytes (one expert, the largest), token_expert_nbytes (experts of one token), traffic
+    (token_traffic()),
     skipped (prefix, tensors, nbytes), unknown (names), lossless, note.  For a checkpoint or config they are
     what `convert` with ``bits`` would give.  Raises FlashmoeError as opening it does.
     """
@@ -121,7 +120,7 @@ def _size_facts(
     tensors: Sequence[Tensor], layouts: Sequence[FfnLayout], count: int, raw: Mapping[str, Any]
 ) -> dict[str, Any]:
     config = find_family(raw).config(raw)
-    sizes = {name: _nbytes(codec, shape) for name, codec, shape in tensors}
+    sizes = {name: stored_nbytes(codec, shape) for name, codec, shape in tensors}
     codecs = Counter(label for _, codec, _ in tensors for label in _labels(codec))
     for layout in layouts:
         codecs.update({label: n * count for label, n in Counter(_labels(layout)).items()})
@@ -135,11 +134,8 @@ def _size_facts(
         "expert_nbytes": sum(records) * count,
         "record_nbytes": max(records, default=0),
         "token_expert_nbytes": sum(records) * config.num_experts_per_tok,
+        "traffic": token_traffic(tensors, layouts),
     }
-
-
-def _nbytes(codec: Codec, shape: tuple[int, ...]) -> int:
-    return math.prod(stored_shape(codec, shape)) * (codec.itemsize if isinstance(codec, DenseCodec) else 1)
 
 
 def _labels(codec: Codec) -> list[str]:

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from flashmoe.bundle.codecs import FfnLayout
-from flashmoe.engine.lookahead import Lookahead
+from flashmoe.engine.lookahead import Lookahead, reads_ahead
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.nn.moe import FEW, Foresight
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
 
-_MIN_SLOTS_AHEAD = 4  # times the experts of one step
 # A prompt that asks this share of one layer's experts probably asks for nearly all of the next one's.
-_READ_ON_SHARE = 0.75
+READ_ON_SHARE = 0.75
 _MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
 
 
@@ -122,7 +121,7 @@ class StreamedExperts:
         everyone, experts = self._everyone[:tokens], pairs.experts
         rows = np.concatenate([everyone, pairs.tokens])
         factors = np.concatenate([shared_weights, pairs.weights])
-        if self._slots < _MIN_SLOTS_AHEAD * len(experts):
+        if not reads_ahead(self._slots, len(experts)):
             foresight = None  # a small pool cannot lend slots: what it holds for the step would leave
         lookahead.judge(layer, experts)
         with self._cache.request(layer, experts) as request:
@@ -197,7 +196,7 @@ class StreamedExperts:
         # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
         done = 0
         then = None
-        if layer in self._successor and len(experts) >= _READ_ON_SHARE * len(self._every_expert):
+        if layer in self._successor and len(experts) >= READ_ON_SHARE * len(self._every_expert):
             then = self._successor[layer], self._every_expert
         for batch in self._cache.stream(layer, experts, _MAX_BATCH, then):
             for ready in _parts(batch, bounds, done, count):

@@ -12,6 +12,8 @@ from flashmoe.store.cache import ExpertCache, Request
 AHEAD = 2
 # Reads of the layer itself that may still be outstanding: fewer do not keep the drive busy.
 TAIL = 1
+# A pool of fewer steps than this cannot lend slots: what it holds for the step itself would leave.
+_MIN_STEPS = 4
 # A wrong guess takes the drive for about as long as a right one saves.
 _WORTH = 0.5
 _MEMORY = 0.98  # of the running share of right guesses: it looks back on some 50 guesses
@@ -19,6 +21,11 @@ _MEMORY = 0.98  # of the running share of right guesses: it looks back on some 5
 _PROBE = 16
 
 MODES = ("auto", "on", "off")
+
+
+def reads_ahead(slots: int, experts: int) -> bool:
+    """Whether a pool is large enough for reading ahead beside a step of so many experts."""
+    return slots >= _MIN_STEPS * experts
 
 
 class Lookahead:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from flashmoe.models.qwen3_5_config import FULL, Qwen35Config
@@ -149,6 +150,21 @@ class Qwen35Moe:
         """Bytes of state that one token reads and writes, short of the KV cache (which grows with the text)."""
         layers = sum(config.is_linear(i) for i in range(config.num_hidden_layers))
         return 2 * layers * DeltaNetState.nbytes_of(delta_net_shape(config))
+
+    @staticmethod
+    def position_nbytes(config: Qwen35Config, kv_dtype: DTypeLike) -> int:
+        """Bytes of keys and values that a token reads of each position before it, scales of int8 ones aside."""
+        layers = sum(not config.is_linear(i) for i in range(config.num_hidden_layers))
+        return 2 * layers * config.num_key_value_heads * config.head_dim * np.dtype(kv_dtype).itemsize
+
+    @staticmethod
+    def float_work(config: Qwen35Config) -> tuple[int, int]:
+        """Float multiply-adds of a token: (in the recurrences, in attention for each position before it)."""
+        delta, attention = delta_net_shape(config), attention_shape(config)
+        linear = sum(config.is_linear(i) for i in range(config.num_hidden_layers))
+        recurrence = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+        per_position = 2 * attention.heads * attention.head_dim
+        return linear * recurrence, (config.num_hidden_layers - linear) * per_position
 
     @staticmethod
     def workspace_nbytes(config: Qwen35Config, tokens: int, sequences: int = 1) -> int:

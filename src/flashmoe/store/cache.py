@@ -74,6 +74,11 @@ class ExpertCache:
         """The smallest pool: one step's experts of one layer, and two to stream a prompt."""
         return max(2, experts_per_token)
 
+    @staticmethod
+    def staging_slots(slots: int) -> int:
+        """Of a full pool, those through which a stream passes what it does not keep."""
+        return min(max(2 * _MAX_IN_FLIGHT, slots // _STAGING_SHARE), _MAX_STAGING, slots // 2)
+
     def request(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
         self._make_room(len(experts))
@@ -389,8 +394,7 @@ class ExpertCache:
         missing = sum(expert not in resident for expert in experts)
         if missing <= self._arena.free:
             return
-        share = min(max(2 * _MAX_IN_FLIGHT, self._arena.count // _STAGING_SHARE), _MAX_STAGING)
-        wanted = max(1, min(share, self._arena.count // 2, missing) - passing)
+        wanted = max(1, min(self.staging_slots(self._arena.count), missing) - passing)
         keep = set(experts)
         while len(self._staging) < wanted:
             slot = self._take(layer, keep)
