@@ -43,7 +43,22 @@ VALUES: list[Any] = [
     "resident.safetensors", "config.json", "f" * 16, [], {}, [0], [[]], [0, 0], [1, 1 << 70, 0], {"": {}},
     *RAW,
 ]  # fmt: skip
-TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\u0000", b"\\ud800", b"-", b"1e999", b"NaN", b"null", b"true"]
+TOKENS = [
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b":",
+    b"\\u0000",
+    b"\\ud800",
+    b"-",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+]
 TOKENS += [b"9" * 40, b"0", b".", b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"../"]
 
 

@@ -230,7 +230,9 @@ def _shard_names(path: Path) -> list[str]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({type(error).__name__}: {error}): download it again") from error
+        raise CheckpointError(
+            f"{index} cannot be read ({type(error).__name__}: {error}): download it again"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names the shard {name!r}, outside its folder: download it again")

@@ -35,7 +35,10 @@ class MarkerMasks:
         ends = [(token_id, token) for token_id, token in enumerate(tokens) if marker[-1] in token]
         known = token_mask((i for i, token in enumerate(tokens) if token), vocabulary.vocab_size)
         rows = [
-            known & ~token_mask((i for i, token in ends if _overshoots(marker, known_bytes, token)), vocabulary.vocab_size)
+            known
+            & ~token_mask(
+                (i for i, token in ends if _overshoots(marker, known_bytes, token)), vocabulary.vocab_size
+            )
             for known_bytes in range(len(marker))
         ]
         blanks = token_mask((i for i, token in enumerate(tokens) if token.isspace()), vocabulary.vocab_size)
@@ -59,7 +62,11 @@ class AfterText:
     """
 
     def __init__(
-        self, masks: MarkerMasks, form: GrammarConstraint, vocabulary: GrammarVocabulary, stop_ids: Iterable[int]
+        self,
+        masks: MarkerMasks,
+        form: GrammarConstraint,
+        vocabulary: GrammarVocabulary,
+        stop_ids: Iterable[int],
     ) -> None:
         self._masks, self._form, self._trie = masks, form, vocabulary.trie
         self._no_stops = ~token_mask((*vocabulary.stop_ids, *stop_ids), vocabulary.vocab_size)
