@@ -73,23 +73,23 @@ EXPERIMENTS = (
 
 
 def choose(names: Sequence[str] | None) -> list[Experiment]:
-    """The experiments of these names, or whose names begin with them and a hyphen, in the catalog's order.
+    """The experiments of these names, in the catalog's order; a name like queue-depth stands for its family.
 
     None: all.  Raises ConfigError for a name that fits none.
     """
     if names is None:
         return list(EXPERIMENTS)
+    chosen = set[str]()
     for name in names:
-        if not any(_fits(experiment, name) for experiment in EXPERIMENTS):
-            known = ", ".join(experiment.name for experiment in EXPERIMENTS)
+        exact = [one.name for one in EXPERIMENTS if one.name == name]
+        family = exact or [one.name for one in EXPERIMENTS if one.name.startswith(name + "-")]
+        if not family:
+            known = ", ".join(one.name for one in EXPERIMENTS)
             raise ConfigError(f"unknown experiment {name!r} in --only: choose from {known}")
-    return [one for one in EXPERIMENTS if any(_fits(one, name) for name in names)]
+        chosen.update(family)
+    return [one for one in EXPERIMENTS if one.name in chosen]
 
 
 def find(name: str) -> Experiment:
     """The experiment of exactly this name."""
     return next(experiment for experiment in EXPERIMENTS if experiment.name == name)
-
-
-def _fits(experiment: Experiment, name: str) -> bool:
-    return experiment.name == name or experiment.name.startswith(name + "-")
