@@ -50,18 +50,18 @@ class Series:
         report = {
             "name": self.name,
             "kind": self.kind,
-            "tok_s": _spread(self.speeds),
+            "tok_s": spread(self.speeds),
             "rate": median(self.speeds) * self.work,
             "bound_rate": median(self.bounds),
             "bound_tok_s": median(self.bounds) / self.work,
-            "share_of_bound": _spread(shares),
+            "share_of_bound": spread(shares),
             "work_per_token": self.work,
             "intensity": self.intensity,
             "drive_bytes_read": self.bytes_read,
         }
         if self.peer:
             ratios = [ours / theirs for ours, theirs in zip(self.speeds, self.peer, strict=True)]
-            report |= {"peer_tok_s": _spread(self.peer), "ratio_to_peer": _spread(ratios)}
+            report |= {"peer_tok_s": spread(self.peer), "ratio_to_peer": spread(ratios)}
         return report
 
 
@@ -153,7 +153,8 @@ def _ids(bench: Workbench, count: int) -> list[int]:
     return ids
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles; of a single value, that value."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": median(values), "low": low, "high": high}
 

@@ -7,9 +7,6 @@ whichever takes longer.  Bound of a prompt: what it read at that rate, or the ti
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +16,9 @@ import numpy as np
 import xxhash
 
 from flashmoe import env
+from flashmoe.bench.process import run_module, serve
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.workbench import Workbench
-from flashmoe.errors import FlashmoeError
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,7 @@ class StreamOptions:
 
 def measure_in_process(options: StreamOptions) -> dict[str, Any]:
     """Measure in a fresh interpreter.  Raises FlashmoeError with the one line that the process ended with."""
-    command = [sys.executable, "-m", "flashmoe.bench.stream", json.dumps(asdict(options))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise FlashmoeError(lines[-1].removeprefix("flashmoe: error: "))
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    return run_module("flashmoe.bench.stream", asdict(options))
 
 
 def measure(options: StreamOptions) -> dict[str, Any]:
@@ -157,8 +148,4 @@ def _observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.stdout.write(json.dumps(measure(StreamOptions(**json.loads(sys.argv[1])))))
-    except FlashmoeError as error:
-        sys.stderr.write(f"flashmoe: error: {error}\n")
-        raise SystemExit(1) from None
+    serve(lambda options: measure(StreamOptions(**options)))

@@ -1,0 +1,59 @@
+"""How records are read: in one piece or in two, and how many at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashmoe.bench.experiments.base import Plain, Variant, exchange, native_reader
+from flashmoe.engine.loading import Parts
+from flashmoe.store.reader import BulkReads, NativeReader, Read
+
+_BLOCK = 4096
+
+
+class SplitReader(BulkReads):
+    """Reads a record as gate_up and down, two reads of `inner`; the record is complete when both are.
+
+    cuts: bytes of a record -> where it is cut, a multiple of 4096.  Not thread-safe.
+    """
+
+    def __init__(self, inner: NativeReader, cuts: dict[int, int]) -> None:
+        super().__init__()
+        self._inner, self._cuts = inner, cuts
+        self._left: dict[int, tuple[int, str]] = {}  # tag -> reads that are missing, what went wrong
+
+    def submit(self, read: Read, tag: int) -> None:
+        """See ExpertReader."""
+        file, offset, nbytes, buffer, at = read
+        cut = self._cuts.get(nbytes, 0)
+        self._left[tag] = (2 if cut else 1), ""
+        if cut:
+            self._inner.submit((file, offset, cut, buffer, at), tag)
+        self._inner.submit((file, offset + cut, nbytes - cut, buffer, at + cut), tag)
+
+    def _completions(self) -> list[tuple[int, str]]:
+        whole: list[tuple[int, str]] = []
+        while not whole and (parts := self._inner.wait()):
+            for tag, error in parts:
+                missing, earlier = self._left.pop(tag)
+                if missing == 1:
+                    whole.append((tag, earlier or error))
+                else:
+                    self._left[tag] = missing - 1, earlier or error
+        return whole
+
+
+def install_split(parts: Parts, setting: str, scratch: Path | None) -> Variant:
+    """Cuts lie at the last block boundary before the down matrix, which direct reads demand."""
+    layers = parts.bundle.expert_layers
+    cuts = {layer.record_nbytes: layer.ffn.down_offset // _BLOCK * _BLOCK for layer in layers}
+    inner = native_reader(parts)
+    exchange(parts, reader=SplitReader(inner, cuts))
+    return Plain(inner)
+
+
+def install_depth(parts: Parts, setting: str, scratch: Path | None) -> Variant:
+    """setting: how many reads the drive gets at a time."""
+    reader = native_reader(parts, int(setting))
+    exchange(parts, reader=reader)
+    return Plain(reader)
