@@ -64,6 +64,8 @@ def measure(options: StreamOptions) -> dict[str, Any]:
         digest = xxhash.xxh3_64()
         for state in engine.states:
             state.clear()
+        if bench.resident:
+            bench.warm()
         _steps(engine, ids[: options.warm], digest)
         report: dict[str, Any] = {
             "memory_bytes": plan.budget_nbytes,

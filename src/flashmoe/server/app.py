@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.server import openai_chat, openai_completions, status
+from flashmoe.server import anthropic_messages, openai_chat, openai_completions, status
 from flashmoe.server.problems import body_of, status_of
 from flashmoe.server.service import Service
 from flashmoe.server.streaming import ClientLeft
@@ -38,6 +38,7 @@ def create_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.state.service = service
     app.include_router(openai_chat.router)
     app.include_router(openai_completions.router)
+    app.include_router(anthropic_messages.router)
     app.include_router(status.router)
     app.add_exception_handler(FlashmoeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
