@@ -34,7 +34,7 @@ def owners(engine: Engine) -> list[int]:
     """Every slot once for each of its owners."""
     cache: Any = engine._parts.cache
     resident = [slot for layer in cache._resident.values() for slot in layer.values()]
-    return sorted([*resident, *cache._staging, *cache._foreseen, *cache._arena._free])
+    return sorted([*resident, *cache._staging, *cache._foreseen, *cache._arrived, *cache._arena._free])
 
 
 def one_clear_line(error: BaseException, machine: Any, words: str) -> None:
@@ -176,7 +176,7 @@ def test_nothing_of_a_request_reaches_the_next_one(machine: Any, undisturbed: by
     with machine.open() as engine:
         machine.run(engine)
         parts: Any = engine._parts
-        for layer in parts.state.layers:
+        for layer in parts.states[0].layers:
             for array in vars(layer).values():
                 if isinstance(array, np.ndarray):
                     array.view(np.uint8)[...] = 0xFF  # NaN in every type of float

@@ -124,7 +124,7 @@ def test_what_cannot_be_served(
     capsys: pytest.CaptureFixture[str], demo_bundle: Path, words: list[str], message: str
 ) -> None:
     given = words if words[0].startswith("/") else [str(demo_bundle), *words]
-    memory = [] if "--memory" in words else ["--memory", "700MiB"]
+    memory = [] if "--memory" in words else ["--memory", "3GiB"]
     assert main(["serve", *given, *memory, "--context", "512"]) == 1
     error = capsys.readouterr().err
     assert message in error
