@@ -28,6 +28,13 @@ DirectMode parse_mode(const std::string& mode) {
   throw std::invalid_argument("direct must be auto, on or off");
 }
 
+EngineKind parse_engine(const std::string& engine) {
+  if (engine == "auto") return EngineKind::automatic;
+  if (engine == "threads") return EngineKind::threads;
+  if (engine == "uring") return EngineKind::uring;
+  throw std::invalid_argument("engine must be auto, threads or uring");
+}
+
 // Blocks in slices, so that Ctrl-C is noticed while the drive hangs.
 nb::list wait(Reader& reader) {
   std::vector<Completion> completions;
@@ -70,14 +77,15 @@ void bind_io(nb::module_& m) {
   nb::class_<Reader>(m, "Reader")
       .def(
           "__init__",
-          [](Reader* self, std::vector<std::string> paths, const std::string& direct, int queue_depth) {
+          [](Reader* self, const std::vector<std::string>& paths, const std::string& direct,
+             const std::string& engine, int queue_depth) {
             try {
-              new (self) Reader(std::move(paths), parse_mode(direct), queue_depth);
+              new (self) Reader(paths, parse_mode(direct), parse_engine(engine), queue_depth);
             } catch (const std::system_error& error) {
               throw std::invalid_argument(error.what());
             }
           },
-          "paths"_a, "direct"_a, "queue_depth"_a)
+          "paths"_a, "direct"_a, "engine"_a, "queue_depth"_a)
       .def(
           "submit",
           [](Reader& self, size_t file, uint64_t offset, size_t nbytes, const BufferHandle& buffer,
@@ -89,6 +97,11 @@ void bind_io(nb::module_& m) {
       .def_prop_ro("outstanding", &Reader::outstanding)
       .def_prop_ro("direct", &Reader::direct)
       .def_prop_ro("direct_reason", &Reader::direct_reason)
+      .def_prop_ro("engine",
+                   [](const Reader& self) {
+                     return std::string(self.engine() == EngineKind::uring ? "uring" : "threads");
+                   })
+      .def_prop_ro("engine_reason", &Reader::engine_reason)
       .def("stats", [](const Reader& self) {
         const ReaderStats stats = self.stats();
         return nb::make_tuple(stats.reads, stats.nbytes, stats.busy_seconds, stats.max_in_flight);

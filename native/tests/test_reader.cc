@@ -1,11 +1,14 @@
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -41,8 +44,8 @@ std::vector<Completion> wait_for(Reader& reader, size_t count) {
   return all;
 }
 
-void reads_every_record(const std::string& path, DirectMode mode) {
-  Reader reader({path}, mode, 8);
+void reads_every_record(const std::string& path, DirectMode mode, EngineKind engine) {
+  Reader reader({path}, mode, engine, 8);
   auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, true);
   for (size_t i = 0; i < kRecords; ++i) {
     const size_t record = (i * 7) % kRecords;
@@ -56,8 +59,8 @@ void reads_every_record(const std::string& path, DirectMode mode) {
   CHECK(reader.stats().reads == kRecords && reader.stats().nbytes == kRecords * kRecord);
 }
 
-void reads_the_tail(const std::string& path, DirectMode mode) {
-  Reader reader({path}, mode, 2);
+void reads_the_tail(const std::string& path, DirectMode mode, EngineKind engine) {
+  Reader reader({path}, mode, engine, 2);
   auto buffer = std::make_shared<AlignedBuffer>(kRecord + kTail, false);
   const size_t offset = (kRecords - 1) * kRecord;
   reader.submit({0, offset, kRecord + kTail, buffer, 0, 5, false});
@@ -65,8 +68,8 @@ void reads_the_tail(const std::string& path, DirectMode mode) {
   for (size_t i = 0; i < kRecord + kTail; ++i) CHECK(buffer->data()[i] == byte_at(offset + i));
 }
 
-void refuses_bad_requests(const std::string& path) {
-  Reader reader({path}, DirectMode::automatic, 1);
+void refuses_bad_requests(const std::string& path, EngineKind engine) {
+  Reader reader({path}, DirectMode::automatic, engine, 1);
   auto buffer = std::make_shared<AlignedBuffer>(kRecord, false);
   const auto refused = [&](ReadRequest request) {
     try {
@@ -85,9 +88,9 @@ void refuses_bad_requests(const std::string& path) {
 }
 
 // A file that shrinks after it was opened is a short read, reported with its path.
-void reports_a_short_read(DirectMode mode) {
+void reports_a_short_read(DirectMode mode, EngineKind engine) {
   const std::string path = make_file();
-  Reader reader({path}, mode, 2);
+  Reader reader({path}, mode, engine, 2);
   CHECK(truncate(path.c_str(), static_cast<off_t>(kRecord)) == 0);
   auto buffer = std::make_shared<AlignedBuffer>(kRecord, false);
   reader.submit({0, 4 * kRecord, kRecord, buffer, 0, 9, false});
@@ -99,7 +102,7 @@ void reports_a_short_read(DirectMode mode) {
 
 void missing_file_names_its_path() {
   try {
-    Reader reader({"no-such-file"}, DirectMode::automatic, 1);
+    Reader reader({"no-such-file"}, DirectMode::automatic, EngineKind::automatic, 1);
   } catch (const std::system_error& error) {
     CHECK(std::string(error.what()).find("no-such-file") != std::string::npos);
     return;
@@ -108,9 +111,9 @@ void missing_file_names_its_path() {
 }
 
 // Destruction with reads queued and in flight: the buffer outlives them.
-void stops_with_work_left(const std::string& path) {
+void stops_with_work_left(const std::string& path, EngineKind engine) {
   for (int round = 0; round < 20; ++round) {
-    auto reader = std::make_unique<Reader>(std::vector<std::string>{path}, DirectMode::automatic, 4);
+    auto reader = std::make_unique<Reader>(std::vector<std::string>{path}, DirectMode::automatic, engine, 4);
     auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, false);
     for (size_t i = 0; i < kRecords; ++i) {
       reader->submit({0, i * kRecord, kRecord, buffer, i * kRecord, static_cast<int64_t>(i), false});
@@ -120,17 +123,80 @@ void stops_with_work_left(const std::string& path) {
   }
 }
 
+// With one read at a time, whatever waits is served demand first, each kind in its order.
+void serves_demand_first(const std::string& path, EngineKind engine) {
+  Reader reader({path}, DirectMode::automatic, engine, 1);
+  auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, false);
+  // The first one is long enough for the others to be queued meanwhile, or else they are served as they come.
+  reader.submit({0, 0, kRecords * kRecord, buffer, 0, 0, true});
+  for (int64_t tag = 1; tag < 9; ++tag) reader.submit({0, 0, kBlock, buffer, 0, tag, tag % 2 == 0});
+  int64_t last_demand = -1, last_prefetch = -1;
+  for (const Completion& completion : wait_for(reader, 9)) {
+    int64_t& last = completion.tag % 2 == 0 ? last_prefetch : last_demand;
+    CHECK(completion.error.empty() && completion.tag > last);
+    last = completion.tag;
+  }
+}
+
+// Several threads submit and wait at once: every read completes once, whoever receives it.
+void serves_many_threads(const std::string& path, EngineKind engine) {
+  constexpr int kThreads = 4, kReads = 200;
+  Reader reader({path}, DirectMode::automatic, engine, 8);
+  auto buffer = std::make_shared<AlignedBuffer>(kThreads * kReads * kRecord, false);
+  std::vector<std::atomic<int>> seen(kThreads * kReads);
+  std::atomic<int> received{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kReads; ++i) {
+        const size_t record = static_cast<size_t>(i) % kRecords;
+        const int tag = t * kReads + i;
+        reader.submit({0, record * kRecord, kRecord, buffer, tag * kRecord, tag, i % 5 == 0});
+      }
+      while (received < kThreads * kReads) {
+        for (const Completion& completion : reader.wait(std::chrono::milliseconds(1))) {
+          CHECK(completion.error.empty());
+          ++seen[static_cast<size_t>(completion.tag)];
+          ++received;
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::atomic<int>& count : seen) CHECK(count == 1);
+  CHECK(reader.outstanding() == 0 && reader.stats().max_in_flight <= 8);
+}
+
+bool has_uring(const std::string& path) {
+  try {
+    Reader reader({path}, DirectMode::automatic, EngineKind::uring, 1);
+    CHECK(reader.engine() == EngineKind::uring);
+    return true;
+  } catch (const std::runtime_error& error) {
+    std::printf("io_uring is not tested: %s\n", error.what());
+    return false;
+  }
+}
+
+void all_tests(const std::string& path, EngineKind engine) {
+  for (DirectMode mode : {DirectMode::automatic, DirectMode::off}) {
+    reads_every_record(path, mode, engine);
+    reads_the_tail(path, mode, engine);
+    reports_a_short_read(mode, engine);
+  }
+  refuses_bad_requests(path, engine);
+  serves_demand_first(path, engine);
+  serves_many_threads(path, engine);
+  stops_with_work_left(path, engine);
+}
+
 }  // namespace
 
 int main() {
   const std::string path = make_file();
-  for (DirectMode mode : {DirectMode::automatic, DirectMode::off}) {
-    reads_every_record(path, mode);
-    reads_the_tail(path, mode);
-    reports_a_short_read(mode);
-  }
-  refuses_bad_requests(path);
-  stops_with_work_left(path);
+  all_tests(path, EngineKind::threads);
+  all_tests(path, EngineKind::automatic);
+  if (has_uring(path)) all_tests(path, EngineKind::uring);
   missing_file_names_its_path();
   unlink(path.c_str());
   return 0;

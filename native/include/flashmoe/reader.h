@@ -1,21 +1,25 @@
-// Asynchronous whole-record reads by a pool of I/O threads.
+// Asynchronous whole-record reads: a queue of requests, and an engine that serves it.
 #pragma once
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "flashmoe/aligned_buffer.h"
 
 namespace flashmoe {
 
+class FileSet;
+class ReadEngine;
+class ReadQueue;
+
 enum class DirectMode { automatic, on, off };
+
+// threads: a pool of threads in pread(2).  uring: one thread and an io_uring (Linux 5.6).  automatic: see
+// docs/decisions/007-reader.md.
+enum class EngineKind { automatic, threads, uring };
 
 struct ReadRequest {
   size_t file = 0;
@@ -44,8 +48,9 @@ struct ReaderStats {
 class Reader {
  public:
   // Opens every file.  Throws std::system_error (message: the path) when one cannot be opened, and, with
-  // DirectMode::on, when the file system refuses direct reads.
-  Reader(std::vector<std::string> paths, DirectMode mode, int queue_depth);
+  // DirectMode::on, when the file system refuses direct reads; std::runtime_error when EngineKind::uring is
+  // asked for and refused.  queue_depth: most reads in flight, 1 to 256.
+  Reader(const std::vector<std::string>& paths, DirectMode mode, EngineKind engine, int queue_depth);
   ~Reader();  // finishes the reads in flight, drops the queued ones
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
@@ -57,37 +62,22 @@ class Reader {
   std::vector<Completion> wait(std::chrono::milliseconds timeout);
 
   size_t outstanding() const;
-  bool direct() const { return direct_; }
-  const std::string& direct_reason() const { return direct_reason_; }
+  bool direct() const;
+  const std::string& direct_reason() const;
+  EngineKind engine() const { return kind_; }  // the one that was chosen: threads or uring
+  const std::string& engine_reason() const { return engine_reason_; }
   ReaderStats stats() const;
 
  private:
-  struct File {
-    std::string path;
-    int fd = -1;
-    uint64_t nbytes = 0;
-  };
+  void check(const ReadRequest& request) const;
+  void choose_engine(EngineKind wanted, int queue_depth);
 
-  bool enable_direct(DirectMode mode);
-  void close_files();
-  void io_loop();
-  std::string read_all(const ReadRequest& request) const;
-  std::string read_tail(const File& file, uint64_t offset, uint8_t* out, size_t nbytes) const;
-
-  std::vector<File> files_;
-  bool direct_ = false;
-  std::string direct_reason_;
-
-  mutable std::mutex mutex_;
-  std::condition_variable work_, done_;
-  std::deque<ReadRequest> demand_, prefetch_;
-  std::vector<Completion> completed_;
-  size_t outstanding_ = 0;  // submitted and not yet handed out
-  size_t in_flight_ = 0;
-  std::chrono::steady_clock::time_point busy_since_;
-  ReaderStats stats_;
-  bool stop_ = false;
-  std::vector<std::thread> threads_;
+  // In this order: the engine ends before the queue that it serves and the files that it reads.
+  std::unique_ptr<FileSet> files_;
+  std::unique_ptr<ReadQueue> queue_;
+  std::unique_ptr<ReadEngine> engine_;
+  EngineKind kind_ = EngineKind::threads;
+  std::string engine_reason_;
 };
 
 }  // namespace flashmoe

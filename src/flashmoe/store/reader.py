@@ -94,19 +94,26 @@ class BulkReads:
 
 
 class NativeReader(BulkReads):
-    """I/O threads with direct reads (native/io/reader.cc).
+    """Direct reads by io_uring or a pool of threads (native/io/).
 
     direct: "auto" falls back to buffered reads, with `reason` saying why; "on" insists; "off".  Buffered reads drop
     their pages from the page cache at once, so that it stays out of the memory budget.
-    Thread-safe apart from read_many and read_into.  Raises ReadError when a file cannot be opened.
+    engine: "uring", "threads", or "auto", with `engine_reason` saying why that one (docs/decisions/007-reader.md).
+    queue_depth: most reads in flight, 1 to 256.
+    Thread-safe apart from read_many and read_into.  Raises ReadError when a file cannot be opened, or when the
+    engine asked for is refused.
     """
 
-    def __init__(self, paths: Sequence[Path], direct: str = "auto", queue_depth: int = 8) -> None:
+    def __init__(
+        self, paths: Sequence[Path], direct: str = "auto", engine: str = "auto", queue_depth: int = 8
+    ) -> None:
         super().__init__()
         try:
-            self._native = Reader([str(path) for path in paths], direct, queue_depth)
+            self._native = Reader([str(path) for path in paths], direct, engine, queue_depth)
         except ValueError as error:
             raise ReadError(f"cannot open {error}: check the bundle, or try --io buffered") from None
+        except RuntimeError as error:
+            raise ReadError(f"{error}: choose the engine 'threads' or 'auto'") from None
 
     @property
     def mode(self) -> str:
@@ -118,6 +125,16 @@ class NativeReader(BulkReads):
         """Why this mode."""
         return self._native.direct_reason
 
+    @property
+    def engine(self) -> str:
+        """ "uring" or "threads"."""
+        return self._native.engine
+
+    @property
+    def engine_reason(self) -> str:
+        """Why this engine."""
+        return self._native.engine_reason
+
     def submit(self, read: Read, tag: int) -> None:
         """See ExpertReader."""
         file, offset, nbytes, buffer, buffer_offset = read
@@ -127,7 +144,7 @@ class NativeReader(BulkReads):
         return self._native.wait()
 
     def close(self) -> None:
-        """End the I/O threads (reads in flight finish first) and close the files.  Call it once, last."""
+        """End the engine (reads in flight finish first) and close the files.  Call it once, last."""
         del self._native
 
     def stats(self) -> tuple[int, int, float, int]:
