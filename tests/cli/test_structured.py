@@ -39,7 +39,7 @@ def test_each_form(capsys: pytest.CaptureFixture[str], schema_file: str, grammar
     assert answer(capsys, "--lark", grammar_file) in ("ab", "cd")
     assert answer(capsys, "--choice", "red,light green") in ("red", "light green")
     assert re.fullmatch(r"\d{3}", answer(capsys, "--regex", r"\d{3}"))
-    assert re.fullmatch(r"(?s)[^.]+\. *yes", answer(capsys, "--choice", "yes", "--after", "."))
+    assert re.fullmatch(r"(?s)[^.]+\.\s*yes", answer(capsys, "--choice", "yes", "--after", "."))
 
 
 def test_a_report_says_how_it_ended(capsys: pytest.CaptureFixture[str], schema_file: str) -> None:
