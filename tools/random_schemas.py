@@ -67,7 +67,11 @@ def _integer(rng: random.Random) -> Schema:
 
 def _number(rng: random.Random) -> Schema:
     low = round(rng.uniform(-50, 50), 2)
-    return {"type": "number", rng.choice(("minimum", "exclusiveMinimum")): low, "maximum": low + rng.choice((1, 7.5))}
+    return {
+        "type": "number",
+        rng.choice(("minimum", "exclusiveMinimum")): low,
+        "maximum": low + rng.choice((1, 7.5)),
+    }
 
 
 def _string(rng: random.Random) -> Schema:

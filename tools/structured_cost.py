@@ -2,9 +2,9 @@
 
     python tools/structured_cost.py [--schemas 200] [--tokenizer tokenizer.json] [--tokens 200]
 
-The vocabulary is the demo model's 49,152 tokens, extended by joining tokens to words of Latin letters and of seven other
-scripts, as large vocabularies are; --tokenizer measures a real one.  Tokens are drawn from each mask with a probability
-that falls with their id, which stands for their frequency, so no model is needed.
+The vocabulary is the demo model's 49,152 tokens, extended by joining tokens to words of Latin letters and of seven
+other scripts, as large vocabularies are; --tokenizer measures a real one.  Tokens are drawn from each mask with a
+probability that falls with their id, which stands for their frequency, so no model is needed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,22 @@ ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 248_320
 _WARM_UP = 20  # schemas: the first masks fill tables that all later ones share
 # Han, Hangul, Cyrillic, Arabic, Devanagari, Thai, Kana.
-_SCRIPTS = ((0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x400, 0x4FF), (0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F))
+_SCRIPTS = (
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3),
+    (0x400, 0x4FF),
+    (0x600, 0x6FF),
+    (0x900, 0x97F),
+    (0xE00, 0xE7F),
+)
 _KANA = (0x3040, 0x30FF)
 
 
 def main() -> int:
     """Measure and print; exit code 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200, help="at most, of one answer")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to measure instead")

@@ -12,7 +12,12 @@ import pytest
 from flashmoe.cli import main
 
 DEMO = ["run", "--context", "512", "--max-tokens", "150", "--temperature", "1", "--seed", "1"]
-SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 2]}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture

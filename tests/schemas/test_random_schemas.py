@@ -10,5 +10,7 @@ import pytest
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_an_answer_is_valid(seed: int, valid_answer: Callable[[Any, int], Any], random_schemas: ModuleType) -> None:
+def test_an_answer_is_valid(
+    seed: int, valid_answer: Callable[[Any, int], Any], random_schemas: ModuleType
+) -> None:
     valid_answer(random_schemas.random_schema(seed), seed)

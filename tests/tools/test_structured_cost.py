@@ -1,4 +1,4 @@
-"""The cost of structured output: the synthetic vocabulary is a working tokenizer, and the report has what was measured."""
+"""The cost of structured output: the synthetic vocabulary is a working tokenizer; the report has what was measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def tool() -> ModuleType:
     return module
 
 
-def test_the_vocabulary_is_extended_by_tokens_that_the_tokenizer_makes(tool: ModuleType, demo_bundle: Path) -> None:
+def test_the_vocabulary_is_extended_by_tokens_that_the_tokenizer_makes(
+    tool: ModuleType, demo_bundle: Path
+) -> None:
     spec = json.loads((demo_bundle / "tokenizer.json").read_text())
     known = len(spec["model"]["vocab"])
     larger = Tokenizer.from_str(json.dumps(tool.extended(spec, known + 3000)))

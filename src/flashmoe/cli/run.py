@@ -117,6 +117,7 @@ def execute(args: argparse.Namespace) -> int:
         io=args.io,
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
+        structured=form is not None,
     ) as llm:
         if llm.lossy:
             print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)

@@ -43,7 +43,9 @@ def form(args: argparse.Namespace) -> StructuredOutput | None:
     if args.after is None:
         return wanted
     if wanted is None:
-        raise StructureError("--after needs a form to begin: add --json-schema, --json-object, --regex, --lark or --choice")
+        raise StructureError(
+            "--after needs a form to begin: add --json-schema, --json-object, --regex, --lark or --choice"
+        )
     return wanted.begin_after(args.after)
 
 

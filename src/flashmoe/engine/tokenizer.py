@@ -87,12 +87,16 @@ class TextTokenizer:
 
         A token may be part of a character.  Known are byte-level tokenizers and SentencePiece's with byte fallback.
         """
-        added = {token_id: token.content for token_id, token in self._native.get_added_tokens_decoder().items()}
+        added = {
+            token_id: token.content for token_id, token in self._native.get_added_tokens_decoder().items()
+        }
         to_bytes = _byte_level_spelling() if "ByteLevel" in repr(self._native.decoder) else _piece_bytes
         tokens = []
         for token_id in range(count):
             token = self._native.id_to_token(token_id)
-            tokens.append(b"" if token is None else added[token_id].encode() if token_id in added else to_bytes(token))
+            tokens.append(
+                b"" if token is None else added[token_id].encode() if token_id in added else to_bytes(token)
+            )
         return tokens
 
     def decoder(self, skip_special_tokens: bool = True) -> TextDecoder:

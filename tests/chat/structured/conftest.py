@@ -25,7 +25,9 @@ def allowed() -> Callable[[Any], set[int]]:
     """The ids in a constraint's mask."""
 
     def ids(constraint: Any) -> set[int]:
-        return set(np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")).tolist())
+        return set(
+            np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")).tolist()
+        )
 
     return ids
 

@@ -76,7 +76,12 @@ def test_blanks_between_are_few(vocabulary: GrammarVocabulary, allowed: Allowed,
 
 
 def test_the_demo_model_reasons_first(demo_llm: Any) -> None:
-    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     form = StructuredOutput.json_schema(schema).begin_after(".")
     for seed in range(10):
         params = demo_llm.sampling_params(temperature=1.0, max_tokens=400, seed=seed)

@@ -43,7 +43,8 @@ def test_patterns_choices_and_grammars(demo_llm: Any, seed: int) -> None:
 def test_max_tokens_leave_a_prefix(demo_llm: Any) -> None:
     form = StructuredOutput.json_schema(SCHEMA)
     whole, part = (
-        demo_llm.generate("Once", demo_llm.sampling_params(seed=1, max_tokens=n), structured=form) for n in (200, 6)
+        demo_llm.generate("Once", demo_llm.sampling_params(seed=1, max_tokens=n), structured=form)
+        for n in (200, 6)
     )
     assert (whole.finish_reason, part.finish_reason) == ("stop", "length")
     assert whole.text.startswith(part.text)

@@ -35,7 +35,10 @@ class MarkerMasks:
         ends = [(token_id, token) for token_id, token in enumerate(tokens) if marker[-1] in token]
         known = token_mask((i for i, token in enumerate(tokens) if token), vocabulary.vocab_size)
         rows = [
-            known & ~token_mask((i for i, token in ends if _overshoots(marker, known_bytes, token)), vocabulary.vocab_size)
+            known
+            & ~token_mask(
+                (i for i, token in ends if _overshoots(marker, known_bytes, token)), vocabulary.vocab_size
+            )
             for known_bytes in range(len(marker))
         ]
         blanks = token_mask((i for i, token in enumerate(tokens) if token.isspace()), vocabulary.vocab_size)
@@ -44,11 +47,12 @@ class MarkerMasks:
 
 def marker_masks(text: str, vocabulary: GrammarVocabulary) -> MarkerMasks:
     """The masks of a marker, made once per vocabulary.  Thread-safe: two threads may make the same ones at once."""
-    if text not in vocabulary.marker_masks:
+    masks: MarkerMasks | None = vocabulary.marker_masks.get(text)
+    if masks is None:
         if len(vocabulary.marker_masks) >= _MOST_MARKERS:
             vocabulary.marker_masks.clear()
-        vocabulary.marker_masks[text] = MarkerMasks.of(text.encode(), vocabulary)
-    return vocabulary.marker_masks[text]
+        masks = vocabulary.marker_masks[text] = MarkerMasks.of(text.encode(), vocabulary)
+    return masks
 
 
 class AfterText:
@@ -59,7 +63,11 @@ class AfterText:
     """
 
     def __init__(
-        self, masks: MarkerMasks, form: GrammarConstraint, vocabulary: GrammarVocabulary, stop_ids: Iterable[int]
+        self,
+        masks: MarkerMasks,
+        form: GrammarConstraint,
+        vocabulary: GrammarVocabulary,
+        stop_ids: Iterable[int],
     ) -> None:
         self._masks, self._form, self._trie = masks, form, vocabulary.trie
         self._no_stops = ~token_mask((*vocabulary.stop_ids, *stop_ids), vocabulary.vocab_size)
@@ -69,7 +77,8 @@ class AfterText:
     def mask(self) -> Words:
         """Tokens that may come next, [ceil(vocab / 32)] words, valid until the next call; raises StructureError."""
         if self._tail is not None:
-            return self._masks.free[len(self._tail)] & self._no_stops
+            free: Words = self._masks.free[len(self._tail)]
+            return free & self._no_stops
         if self._blanks_left:
             return self._form.mask() | self._masks.blanks
         return self._form.mask()

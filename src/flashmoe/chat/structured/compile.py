@@ -65,7 +65,9 @@ def compile_structure(
 def _grammar(spec: StructuredOutput, matcher: Any) -> str:
     """The library's own description of a grammar; nothing is checked by it yet."""
     if spec.kind == "choice":
-        return str(matcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_literal, spec.payload))))
+        return str(
+            matcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_literal, spec.payload)))
+        )
     if spec.kind in ("json_object", "json_schema"):
         schema = {"type": "object"} if spec.kind == "json_object" else spec.payload
         return _json_grammar(schema, matcher)
@@ -88,7 +90,9 @@ def _json_grammar(schema: Any, matcher: Any) -> str:
         text = "{}" if schema is True else text  # the library wants an object
         return str(matcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
     except (TypeError, ValueError, RecursionError) as error:
-        raise StructureError(f"the JSON Schema is no JSON value ({_one_line(str(error))}): correct it") from error
+        raise StructureError(
+            f"the JSON Schema is no JSON value ({_one_line(str(error))}): correct it"
+        ) from error
 
 
 def _check_size(text: str, kind: str) -> None:

@@ -9,7 +9,17 @@ from flashmoe.errors import StructureError
 
 _IN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _IN_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
-_SINGLE = ("items", "additionalProperties", "additionalItems", "not", "contains", "propertyNames", "if", "then", "else")
+_SINGLE = (
+    "items",
+    "additionalProperties",
+    "additionalItems",
+    "not",
+    "contains",
+    "propertyNames",
+    "if",
+    "then",
+    "else",
+)
 # Keywords of Draft 3 to 2020-12 that limit a value and that the compiler refuses or, worse, leaves out.
 _UNSUPPORTED = (
     *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
