@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ STATS = {
     "peak_memory_bytes": 1 << 30,
     "budget_bytes": 2 << 30,
 }
-_DEMO = Path(__file__).parents[1] / "models" / "demo"
+_ROOT = Path(__file__).parents[1]
+_DEMO = _ROOT / "models" / "demo"
 
 
 def pytest_configure() -> None:
@@ -35,6 +37,51 @@ def demo_bundle() -> Path:
     if not (_DEMO / "manifest.json").is_file():
         pytest.fail(f"the demo bundle is missing at {_DEMO}: run `make demo-model`")
     return _DEMO
+
+
+@pytest.fixture(scope="session")
+def demo_llm(demo_bundle: Path) -> Iterator[Any]:
+    """The demo model with all its experts in memory."""
+    from flashmoe.chat.llm import LLM
+
+    with LLM(demo_bundle, context=1024) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def random_schemas() -> ModuleType:
+    """tools/random_schemas.py."""
+    spec = importlib.util.spec_from_file_location("random_schemas", _ROOT / "tools" / "random_schemas.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def valid_answer(demo_llm: Any) -> Callable[[Any, int], Any]:
+    """Has the demo model answer by a schema, at temperature 1 from its whole vocabulary, and checks the answer.
+
+    The penalties only keep a toy model from repeating a digit for ever.
+    """
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    from flashmoe.chat.structured import StructuredOutput
+
+    def answer(schema: Any, seed: int) -> Any:
+        params = demo_llm.sampling_params(
+            temperature=1.0, top_k=0, top_p=1.0, frequency_penalty=0.5, max_tokens=800, seed=seed
+        )
+        given = demo_llm.generate("JSON:", params, structured=StructuredOutput.json_schema(schema))
+        assert given.finish_reason == "stop", given.text
+        value = json.loads(given.text)
+        kind = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema)
+        kind(schema, format_checker=kind.FORMAT_CHECKER).validate(value)
+        return value
+
+    return answer
 
 
 @pytest.fixture

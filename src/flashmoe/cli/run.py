@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.cli import options
+from flashmoe.cli import options, structured
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import PromptError
 from flashmoe.types import format_size
@@ -59,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     for flag, kind, text in _SAMPLING:
         sampling.add_argument(flag, type=kind, metavar="N" if kind is options.whole else "X", help=text)
+    structured.configure(parser)
     _configure_machine(parser.add_argument_group("machine", "none of these changes a bit of the output"))
     lossy = parser.add_argument_group("changes the output")
     lossy.add_argument(
@@ -105,6 +106,7 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Generate, streaming to stdout, and close with one line of measurements on stderr."""
     bundle, prompt = _split_words(args.words)
+    form = structured.form(args)
     from flashmoe.chat.llm import LLM  # after the options are checked: this loads numpy and the native core
 
     with LLM(
@@ -119,11 +121,12 @@ def execute(args: argparse.Namespace) -> int:
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
         verify_reads=args.verify_reads,
+        structured=form is not None,
     ) as llm:
         if llm.lossy:
             print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)
         params = llm.sampling_params(max_tokens=args.max_tokens, **_given_sampling(args))
-        chunks = llm.stream(_prompt_ids(llm, prompt, args), params)
+        chunks = llm.stream(_prompt_ids(llm, prompt, args), params, structured=form)
         if args.json:
             options.print_json(_report(llm, chunks))
         else:

@@ -47,11 +47,12 @@ class MarkerMasks:
 
 def marker_masks(text: str, vocabulary: GrammarVocabulary) -> MarkerMasks:
     """The masks of a marker, made once per vocabulary.  Thread-safe: two threads may make the same ones at once."""
-    if text not in vocabulary.marker_masks:
+    masks: MarkerMasks | None = vocabulary.marker_masks.get(text)
+    if masks is None:
         if len(vocabulary.marker_masks) >= _MOST_MARKERS:
             vocabulary.marker_masks.clear()
-        vocabulary.marker_masks[text] = MarkerMasks.of(text.encode(), vocabulary)
-    return vocabulary.marker_masks[text]
+        masks = vocabulary.marker_masks[text] = MarkerMasks.of(text.encode(), vocabulary)
+    return masks
 
 
 class AfterText:
@@ -76,7 +77,8 @@ class AfterText:
     def mask(self) -> Words:
         """Tokens that may come next, [ceil(vocab / 32)] words, valid until the next call; raises StructureError."""
         if self._tail is not None:
-            return self._masks.free[len(self._tail)] & self._no_stops
+            free: Words = self._masks.free[len(self._tail)]
+            return free & self._no_stops
         if self._blanks_left:
             return self._form.mask() | self._masks.blanks
         return self._form.mask()

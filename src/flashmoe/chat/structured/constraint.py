@@ -33,8 +33,7 @@ class GrammarConstraint:
         placeholders = () if vocabulary.stop_ids else vocabulary.trie.eos_tokens
         self._hidden = token_mask(placeholders, vocabulary.vocab_size) if placeholders else None
         self._fresh = False
-        if not self.mask().any() and not self.may_end:
-            raise StructureError(f"the {what} allows no text at all: correct it")
+        self.mask()
 
     def mask(self) -> Words:
         """Tokens that may come next, [ceil(vocab / 32)] words of one array that the next mask() overwrites.
@@ -75,6 +74,8 @@ class GrammarConstraint:
             self._mask &= ~extra
 
     def _failure(self) -> StructureError:
+        if "NoExtensionBias" in self._matcher.get_error():
+            return StructureError(f"the {self._what} allows no text that could stand here: correct it")
         reason = " ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())[:300]
         return StructureError(f"the {self._what} cannot be followed here: {reason}: simplify it")
 

@@ -32,7 +32,7 @@ def check_schema(schema: Any) -> None:
     """Raises StructureError, one line that names keyword and place, for what masks could not enforce."""
     for place, part in _parts(schema):
         for keyword in _UNSUPPORTED:
-            if keyword in part and not (keyword == "uniqueItems" and part[keyword] is False):
+            if keyword in part:
                 raise StructureError(
                     f"the JSON Schema uses {keyword} at {place}, which structured output cannot enforce: remove it"
                 )

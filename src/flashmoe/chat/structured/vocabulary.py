@@ -9,12 +9,20 @@ from typing import Any
 from flashmoe.engine.tokenizer import TextTokenizer
 from flashmoe.errors import BundleError, StructureError
 
+# Tokens that lie wholly in one of these are allowed or refused together, the inside of a JSON string above all.  The
+# first two, beside llguidance's own, serve strings with a maximal length: p99 of a mask 2.2 to 1.6 ms.
+_STRING = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(_STRING + times for times in ("{1,3}", "{1,6}", "{1,10}", "{1,30}", "+")),
+]
+
 
 class GrammarVocabulary:
     """The token trie over which masks are computed, built once per bundle.
 
-    Immutable, so safe to share between threads.  248,320 tokens take 1.4 s and 16 MiB: only the bytes of the tokens
-    are given to llguidance, for its own copy of the tokenizer would take 105 MiB and is never asked anything.
+    Immutable, so safe to share between threads.  248,320 tokens take 1.1 s and 52 MiB: only the bytes of the tokens
+    are given to llguidance, for its own copy of the tokenizer would take 90 MiB more.
     """
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:
@@ -32,7 +40,9 @@ class GrammarVocabulary:
         self.stop_ids = frozenset(i for i in tokenizer.stop_ids if 0 <= i < vocab_size)
         self.marker_masks: dict[str, Any] = {}  # of StructuredOutput.after, kept here because they cost 0.5 s
         source = _TokenBytes(tokenizer, vocab_size)
-        self.trie: Any = self.guidance.LLTokenizer(source, n_vocab=vocab_size, eos_token=source.eos_token_ids)
+        self.trie: Any = self.guidance.LLTokenizer(
+            source, n_vocab=vocab_size, eos_token=source.eos_token_ids, slices=_SLICES
+        )
 
 
 class _TokenBytes:
