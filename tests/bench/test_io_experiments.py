@@ -214,7 +214,7 @@ def test_threaded_reader_completes_every_read_once(tmp_path: Path) -> None:
 
 def test_split_reader_joins_halves_and_tells_of_either(tmp_path: Path) -> None:
     paths, contents = two_files(tmp_path)
-    inner = NativeReader(paths, "off", 2)
+    inner = NativeReader(paths, "off", queue_depth=2)
     reader = SplitReader(inner, {12288: 4096})
     buffer = AlignedBuffer(16384, False)
     reader.submit((1, 0, 12288, buffer, 0), 5)

@@ -136,7 +136,9 @@ def machine(
             readers.append(FakeReader(paths))
             return readers[-1]
         try:
-            readers.append(NativeReader(paths, {"direct": "on", "buffered": "off"}[kind], queue_depth))
+            readers.append(
+                NativeReader(paths, {"direct": "on", "buffered": "off"}[kind], queue_depth=queue_depth)
+            )
         except ReadError as error:
             pytest.skip(f"this file system has no direct reads: {error}")
         return readers[-1]

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from flashmoe.bundle.reader import Bundle
 from flashmoe.chat.messages import Message
+from flashmoe.chat.options import LoadOptions, engine_options
 from flashmoe.chat.stopping import StopStrings
 from flashmoe.chat.structured import GrammarVocabulary, StructuredOutput, compile_structure
 from flashmoe.chat.template import ChatTemplate
 from flashmoe.engine.constraint import Constraint
-from flashmoe.engine.engine import Engine, EngineOptions
+from flashmoe.engine.engine import Engine
 from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.tokenizer import TextTokenizer
 from flashmoe.errors import ConfigError
 from flashmoe.store.stats import CacheStats
-from flashmoe.types import parse_size
 
 _SAMPLING_KEYS = (
     "temperature",
@@ -67,39 +67,10 @@ class LLM:
     """
 
     def __init__(
-        self,
-        bundle: str | Path,
-        *,
-        memory: str | int | None = None,
-        context: int | None = None,
-        threads: int | None = None,
-        experts_per_token: int | None = None,
-        activations: str = "int8",
-        kv_cache: str | None = None,
-        io: str = "auto",
-        expert_slots: int | str | None = None,
-        lookahead: str = "auto",
-        sequences: int = 1,
-        prefix_cache: str | int | None = None,
-        verify_reads: bool = False,
-        structured: bool = False,
+        self, bundle: str | Path, *, structured: bool = False, **options: Unpack[LoadOptions]
     ) -> None:
-        """Load the bundle in a directory.
+        """Load the bundle in a directory; the options are those of LoadOptions.
 
-        memory: ceiling of the whole process in bytes or like "6GiB"; None takes most of what is free.
-        context: longest prompt and answer together, in tokens; None is the model's own or 8,192.
-        experts_per_token: other than the model's own number changes the output (see ``lossy``).
-        activations: "int8", or "f32" for the accuracy oracle.
-        kv_cache: keys and values as "f16", "int8" (half the memory, changes the output) or "f32"; None is "f16",
-        and "f32" with activations "f32".
-        io: "auto", "direct" or "buffered".
-        expert_slots: how many experts to keep in memory, as a number or a share like "25%"; None is as many
-        as the memory allows.  Never changes the output.
-        lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".  Never
-        changes the output.
-        verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
-        sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
-        prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
         structured: build what structured output needs at once, so that the memory plan counts it; otherwise it comes
         with the first such request, and takes 58 MiB beyond the plan with 248,320 tokens.
         Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
@@ -111,25 +82,9 @@ class LLM:
         self._vocab_size = int(opened.text_config.get("vocab_size", 0))
         if structured:
             _ = self.grammar_vocabulary
-        self._engine = Engine.open(
-            opened.path,
-            EngineOptions(
-                memory_bytes=None if memory is None else parse_size(memory),
-                context=context,
-                threads=threads,
-                experts_per_token=experts_per_token,
-                activations=activations,
-                kv_cache=kv_cache,
-                io=io,
-                expert_slots=_slot_count(expert_slots, opened),
-                lookahead=lookahead,
-                sequences=sequences,
-                prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
-                verify_reads=verify_reads,
-            ),
-        )
-        self.experts_per_token = experts_per_token or self.native_experts_per_token
-        self.kv_cache = kv_cache
+        self._engine = Engine.open(opened.path, engine_options(options, opened))
+        self.experts_per_token = options.get("experts_per_token") or self.native_experts_per_token
+        self.kv_cache = options.get("kv_cache")
 
     def __enter__(self) -> Self:
         return self
@@ -280,17 +235,3 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"generation_config.json: {error}: correct it") from error
     return defaults
-
-
-def _slot_count(wanted: int | str | None, bundle: Bundle) -> int | None:
-    """Slots for a number, or for a share of all experts of all layers, rounded down but at least one."""
-    if not isinstance(wanted, str):
-        return wanted
-    text = wanted.strip()
-    digits = text.removesuffix("%")
-    if not digits.isdecimal() or int(digits) < 1:
-        raise ConfigError(f"cannot read the number of expert slots {wanted!r}: write it like 512 or 25%")
-    if digits == text:
-        return int(digits)
-    experts = sum(layer.count for layer in bundle.expert_layers)
-    return max(1, experts * int(digits) // 100)

@@ -1,0 +1,76 @@
+"""How a bundle is loaded: the options of LLM in the words of a user, and what the engine makes of them."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from flashmoe.bundle.reader import Bundle
+from flashmoe.engine.engine import EngineOptions
+from flashmoe.errors import ConfigError
+from flashmoe.types import parse_size
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of LLM; each may be left out.  Only those marked (*) change the output.
+
+    memory: ceiling of the whole process in bytes or like "6GiB"; None takes most of what is free.
+    context: longest prompt and answer together, in tokens; None is the model's own or 8,192.
+    threads: compute threads; None is one for each processor.
+    experts_per_token: (*) other than the model's own number.
+    activations: "int8", or (*) "f32" for the accuracy oracle.
+    kv_cache: keys and values as "f16", (*) "int8" with half the memory, or "f32"; None is "f16", and "f32" with
+    activations "f32".
+    io: "auto", "direct" or "buffered".
+    expert_slots: how many experts to keep in memory, as a number or a share like "25%"; None is as many as the
+    memory allows.
+    lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".
+    sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
+    prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
+    verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
+    """
+
+    memory: str | int | None
+    context: int | None
+    threads: int | None
+    experts_per_token: int | None
+    activations: str
+    kv_cache: str | None
+    io: str
+    expert_slots: int | str | None
+    lookahead: str
+    sequences: int
+    prefix_cache: str | int | None
+    verify_reads: bool
+
+
+def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
+    """Sizes as bytes, shares as numbers; raises ConfigError for what cannot be read."""
+    memory, prefix_cache = given.get("memory"), given.get("prefix_cache")
+    return EngineOptions(
+        memory_bytes=None if memory is None else parse_size(memory),
+        context=given.get("context"),
+        threads=given.get("threads"),
+        experts_per_token=given.get("experts_per_token"),
+        activations=given.get("activations", "int8"),
+        kv_cache=given.get("kv_cache"),
+        io=given.get("io", "auto"),
+        expert_slots=_slot_count(given.get("expert_slots"), bundle),
+        lookahead=given.get("lookahead", "auto"),
+        sequences=given.get("sequences", 1),
+        prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
+        verify_reads=given.get("verify_reads", False),
+    )
+
+
+def _slot_count(wanted: int | str | None, bundle: Bundle) -> int | None:
+    """Slots for a number, or for a share of all experts of all layers, rounded down but at least one."""
+    if not isinstance(wanted, str):
+        return wanted
+    text = wanted.strip()
+    digits = text.removesuffix("%")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise ConfigError(f"cannot read the number of expert slots {wanted!r}: write it like 512 or 25%")
+    if digits == text:
+        return int(digits)
+    experts = sum(layer.count for layer in bundle.expert_layers)
+    return max(1, experts * int(digits) // 100)
