@@ -38,6 +38,17 @@ FLASHMOE_INLINE I32x16 dot4_at(I32x16 acc, U8x64 codes, int /*bits*/, const int8
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Int32*>(x4)));
   return acc;
 }
+// Left to itself the compiler puts the broadcast back into each product (pair-inl.h).
+#define FLASHMOE_PAIRED_TILES
+FLASHMOE_INLINE I32x16 broadcast4(const int8_t* x4) {
+  I32x16 x;
+  asm("vpbroadcastd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const Int32*>(x4)));
+  return x;
+}
+FLASHMOE_INLINE I32x16 dot4_with(I32x16 acc, U8x64 codes, I32x16 x4) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x4));
+  return acc;
+}
 FLASHMOE_INLINE F32x16 to_f32(I32x16 v) { return F32x16{_mm512_cvtepi32_ps(v)}; }
 FLASHMOE_INLINE F32x16 byte_f32(U8x64 v, int byte) {
   return F32x16{_mm512_cvtepi32_ps(_mm512_and_si512(u8_shr(v, 8 * byte), _mm512_set1_epi32(0xff)))};

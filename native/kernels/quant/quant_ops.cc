@@ -7,6 +7,14 @@
 
 namespace flashmoe {
 
+namespace {
+
+// Scales of neighbouring tokens share cache lines, sixteen to a line: threads that took turns token by token
+// wrested them from each other, and a group of 64 values took 600 cycles instead of 60.
+constexpr int64_t kLineTokens = 16;
+
+}  // namespace
+
 void PlaneBuffer::reserve(int64_t values) {
   const int64_t groups = values / 32 + 2;
   high_.at_least(values);
@@ -40,11 +48,15 @@ void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float*
     planes_.reserve(tokens * cols);
     rows_ = planes_.rows(0, tokens);
   }
-  pool.parallel_for(tokens, [&](int64_t t) {
-    if (int8) {
-      kernels.quantize(x + t * cols, cols, group, kCoarseLimit, t, rows_);
-    } else {
-      kernels.group_sums(x + t * cols, cols, group, t, tokens, sums);
+  const int64_t together = tokens >= 2 * kLineTokens ? kLineTokens : 1;
+  pool.parallel_for(tasks_of(tokens, together), [&](int64_t task) {
+    const int64_t end = std::min(tokens, (task + 1) * together);
+    for (int64_t t = task * together; t < end; ++t) {
+      if (int8) {
+        kernels.quantize(x + t * cols, cols, group, kCoarseLimit, t, rows_);
+      } else {
+        kernels.group_sums(x + t * cols, cols, group, t, tokens, sums);
+      }
     }
   });
   x_ = x;
