@@ -27,10 +27,7 @@ def test_budgets_differ_in_reads_only(demo_bundle: Path) -> None:
             assert 0 <= row[kind]["stall_share"] < 1
 
 
-def test_the_command(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "160")  # a narrow table breaks its headings
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     words = ["--memory", "260MiB,400MiB", "--tokens", "2", "--warm", "1", "--repeats", "1"]
     assert main(["bench", "stream", *words, "--json", "--results", str(results)]) == 0

@@ -117,6 +117,11 @@ def _median(values: list[Any]) -> Any:
     return median(values) if numbers else first
 
 
+def _rate(tokens: float) -> str:
+    """Three digits, and no exponent for fast ones."""
+    return f"{tokens:.0f}" if tokens >= 100 else f"{tokens:.3g}"
+
+
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -135,7 +140,7 @@ def _show(report: dict[str, Any]) -> None:
         "stalled",
     ]
     for name in [*columns, "peak"]:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in report["results"]:
         kinds = [kind for kind in ("decode", "prefill", "decode_after") if kind in row]
         for kind in kinds:
@@ -143,8 +148,8 @@ def _show(report: dict[str, Any]) -> None:
             table.add_row(
                 format_size(row["memory_bytes"]) if kind == "decode" else "",
                 kind.replace("_", " "),
-                f"{one['tok_s']:.3g}",
-                f"{one['bound_tok_s']:.3g}",
+                _rate(one["tok_s"]),
+                _rate(one["bound_tok_s"]),
                 f"{one['share_of_bound']:.0%}",
                 "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}",
                 f"{one['missed_bytes_per_token'] / 1e6:.4g}",
