@@ -32,6 +32,8 @@ struct TileMatrix {
   int bits = 4;             // 2, 3, 4 or 8
   int group = 64;           // columns of a tile: 32 or 64
   bool f16_scales = false;  // bf16 otherwise
+  // What the caller reads after the tiles of a call, to be asked for in time; null: what follows them.
+  const uint8_t* after = nullptr;
 
   int64_t tile_nbytes() const { return kTileRows * group * bits / 8 + 4 * kTileRows; }
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }

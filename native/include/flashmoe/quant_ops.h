@@ -164,8 +164,8 @@ class QuantOps {
                      int64_t tile_end, float* out);
   void lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens);
   void gather(Job& job, std::span<const int32_t> tokens);
-  void run_up(Job& job, int64_t tile_begin, int64_t tile_end);
-  void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const int32_t* rows,
+  void run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after);
+  void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const Job* next, const int32_t* rows,
                 const float* weights, float* out);
   Activations hidden_view(const Job& job);
 

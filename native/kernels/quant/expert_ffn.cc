@@ -40,6 +40,10 @@ struct QuantOps::Job {
     return *this;
   }
 
+  const uint8_t* down_tiles(int64_t tile) const {
+    const TileMatrix& down = work.layout->down;
+    return work.record + work.layout->down_offset + tile * down.groups * down.tile_stride;
+  }
   int64_t width() const { return work.layout->padded_intermediate(); }
 };
 
@@ -115,11 +119,12 @@ Activations QuantOps::hidden_view(const Job& job) {
 
 // Gate, up and their product for some row tiles; whoever finishes a job's last ones quantises its result,
 // which saves a third parallel region.
-void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end) {
+void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after) {
   const FfnLayout& layout = *job.work.layout;
   const int64_t width = job.width(), tiles = tile_end - tile_begin;
   TileMatrix w = layout.gate_up;
   w.tiles = job.work.record;
+  w.after = after;
   const TokenRows feed{nullptr, nullptr};
   float* hidden = hidden_.data() + job.offset;
   kernels_.matmul_glu(w, job.input, feed, tile_begin, tile_end, hidden, width);
@@ -137,10 +142,11 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end) {
   }
 }
 
-void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const int32_t* rows,
-                        const float* weights, float* out) {
+void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const Job* next,
+                        const int32_t* rows, const float* weights, float* out) {
   TileMatrix w = job.work.layout->down;
   w.tiles = job.work.record + job.work.layout->down_offset;
+  if (next != nullptr) w.after = next->down_tiles(tile_begin);
   const TokenRows feed{rows + job.work.first, weights != nullptr ? weights + job.work.first : nullptr};
   kernels_.matmul(w, hidden_view(job), feed, tile_begin, tile_end, out, job.work.layout->hidden);
 }
@@ -157,7 +163,11 @@ void QuantOps::expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32
   for (const Job& job : jobs_) runs_.push_back(run_of(job.work.layout->gate_up, job.work.count));
   split_.cut(runs_, pool_.threads(), kTaskNbytes);
   pool_.parallel_for(split_.tasks(), [&](int64_t task) {
-    split_.for_each_piece(task, [&](size_t j, int64_t begin, int64_t end) { run_up(jobs_[j], begin, end); });
+    split_.for_each_piece(task, [&](size_t j, int64_t begin, int64_t end) {
+      // The next job's record begins with its gate and up; what a last piece goes on with is not known.
+      const uint8_t* after = j + 1 < jobs_.size() ? jobs_[j + 1].work.record : nullptr;
+      run_up(jobs_[j], begin, end, end == runs_[j].items ? after : nullptr);
+    });
   });
 
   runs_.clear();
@@ -166,7 +176,7 @@ void QuantOps::expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32
     split_.cut(runs_, pool_.threads(), kTaskNbytes);
     pool_.parallel_for(split_.tasks(), [&](int64_t task) {
       split_.for_each_piece(task, [&](size_t j, int64_t begin, int64_t end) {
-        run_down(jobs_[j], begin, end, rows.data(), nullptr, out);
+        run_down(jobs_[j], begin, end, nullptr, rows.data(), nullptr, out);
       });
     });
     return;
@@ -178,7 +188,10 @@ void QuantOps::expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32
   split_.cut({&columns, 1}, pool_.threads(), kTaskNbytes);
   pool_.parallel_for(split_.tasks(), [&](int64_t task) {
     split_.for_each_piece(task, [&](size_t, int64_t begin, int64_t end) {
-      for (const Job& job : jobs_) run_down(job, begin, end, rows.data(), weights.data(), out);
+      for (size_t j = 0; j < jobs_.size(); ++j) {
+        const Job* next = j + 1 < jobs_.size() ? &jobs_[j + 1] : nullptr;
+        run_down(jobs_[j], begin, end, next, rows.data(), weights.data(), out);
+      }
     });
   });
 }
