@@ -25,17 +25,19 @@ def block_rows(vocab_size: int) -> int:
     return max(1, min(_MOST_ROWS, _BLOCK_NBYTES // (4 * max(vocab_size, 1))))
 
 
-def logit_blocks(engine: Engine, ids: Sequence[int], first: int) -> Iterator[tuple[int, F32]]:
+def logit_blocks(
+    engine: Engine, ids: Sequence[int], first: int, most: int | None = None
+) -> Iterator[tuple[int, F32]]:
     """(p, logits [n, vocab]) of a fresh sequence: row i predicts ids[p + i], for p = `first` >= 1 to the end in order.
 
-    A block is valid until the next one is asked for.  Raises what Engine.feed() raises.
+    A block has at most `most` rows and is valid until the next one is asked for.  Raises what Engine.feed() raises.
     """
     engine.start()
     if first > 1:
         engine.feed(list(ids[: first - 1]), "none")
     begin, end = first - 1, len(ids) - 1
     while begin < end:
-        rows = min(engine.logit_rows, end - begin)
+        rows = min(most or engine.logit_rows, end - begin)
         yield begin + 1, engine.feed(list(ids[begin : begin + rows]))
         begin += rows
 
