@@ -27,6 +27,7 @@ class LoadOptions(TypedDict, total=False):
     sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
     prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
     verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
+    logit_rows: tokens whose logits an evaluation looks at together; counted by the memory plan.
     """
 
     memory: str | int | None
@@ -41,6 +42,7 @@ class LoadOptions(TypedDict, total=False):
     sequences: int
     prefix_cache: str | int | None
     verify_reads: bool
+    logit_rows: int
 
 
 def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
@@ -59,6 +61,7 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
         sequences=given.get("sequences", 1),
         prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
         verify_reads=given.get("verify_reads", False),
+        logit_rows=given.get("logit_rows", 1),
     )
 
 

@@ -1,4 +1,4 @@
-"""One progress line for work measured in bytes: convert, verify, synth."""
+"""One progress line for work measured in bytes (convert, verify, synth) or in tokens (eval)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -18,18 +20,20 @@ from rich.progress import (
 
 
 class ProgressLine:
-    """A bar with bytes, speed and time left on stderr, for a ``with`` block; silent without a terminal.
+    """A bar with what is done, and the time left on stderr, for a ``with`` block; silent without a terminal.
 
-    Calling it reports progress: bytes done, bytes in all.  Not thread-safe.
+    Calling it reports progress: bytes (or units) done, and in all.  Not thread-safe.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, unit: str = "bytes") -> None:
         console = Console(file=sys.stderr)
+        counts: list[ProgressColumn] = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        if unit != "bytes":
+            counts = [MofNCompleteColumn(), TextColumn(unit)]
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            *counts,
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -47,5 +51,5 @@ class ProgressLine:
         self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` bytes."""
+        """Show ``done`` of ``total``."""
         self._bar.update(self._task, completed=done, total=total)

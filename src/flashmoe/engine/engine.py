@@ -45,6 +45,7 @@ class EngineOptions:
     sequences: how many can be processed side by side (1 to 16), each with its own context.
     prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
     verify_reads: compare resident tensors and expert records with their checksums as they are read.
+    logit_rows: tokens of one feed() of which the logits are wanted; the memory plan counts them.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -61,6 +62,7 @@ class EngineOptions:
     sequences: int = 1
     prefix_cache_bytes: int = 0
     lookahead: str = "auto"
+    logit_rows: int = 1
 
 
 @dataclass
@@ -133,6 +135,11 @@ class Engine:
             if wanted != "none" or begin + chunk >= len(ids):
                 rows.append(logits.copy() if logits_of == "all" else logits)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    @property
+    def logit_rows(self) -> int:
+        """How many tokens feed() may take at a time when the logits of all are wanted, within the memory plan."""
+        return min(self._options.logit_rows, self.plan.prefill_chunk)
 
     @property
     def states(self) -> list[SequenceState]:

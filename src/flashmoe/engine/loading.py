@@ -79,6 +79,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         embedding_nbytes=table_nbytes(bundle),
         sequences=options.sequences,
         prefix_cache_nbytes=options.prefix_cache_bytes,
+        logit_rows=options.logit_rows,
     )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
     files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
@@ -121,15 +122,17 @@ def model_demand(
     embedding_nbytes: int = 0,
     sequences: int = 1,
     prefix_cache_nbytes: int = 0,
+    logit_rows: int = 1,
 ) -> memory.Demand:
     """What the planner must know of a model; context None is the default one."""
     decoder = family.decoder_class()
+    rows = max(sequences, 2 * logit_rows if logit_rows > 1 else 1)  # feed() copies the logits of all
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     return memory.Demand(
         resident_nbytes=resident_nbytes,
         state_nbytes=decoder.state_nbytes(config, context, CACHE_DTYPES[kv_cache], sequences)
         + prefix_cache_nbytes,
-        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens, sequences),
+        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens, rows),
         record_nbytes=record_nbytes,
         experts=experts,
         min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,

@@ -68,6 +68,22 @@ class TextTokenizer:
             ) from error
         return list(self._native.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def bos_id(self, wanted: str = "auto") -> int | None:
+        """The token before a text: "auto" as the model's own post-processor does, "on" the named one, "off" none.
+
+        Raises BundleError when "on" finds no bos_token in tokenizer_config.json.
+        """
+        if wanted == "off":
+            return None
+        token = self.special_tokens.get("bos_token")
+        named = None if token is None else self.token_id(token)
+        if wanted == "on" and named is None:
+            raise BundleError("tokenizer_config.json names no bos_token: leave BOS off")
+        if wanted == "on":
+            return named
+        first = self.encode("a")[:1]
+        return first[0] if first != self.encode("a", add_special_tokens=False)[:1] else None
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
         return self._native.decode(list(ids), skip_special_tokens=skip_special_tokens)
