@@ -10,8 +10,6 @@ import resource
 import sys
 from pathlib import Path
 
-_UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
-
 
 def cpu_count() -> int:
     """Processors this process may run on."""
@@ -45,12 +43,6 @@ def memory_available() -> int:
     return memory_total() * 3 // 4
 
 
-def cgroup_memory_limit() -> int | None:
-    """The tightest memory limit of this process's control groups (v1 or v2), or None."""
-    limits = [limit for path in _cgroup_limit_files() if (limit := _read_limit(path)) is not None]
-    return min(limits, default=None)
-
-
 def current_memory() -> int:
     """Resident set of this process now, in bytes (its peak where the system does not tell)."""
     statm = Path("/proc/self/statm")
@@ -68,31 +60,3 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cgroup_limit_files() -> list[Path]:
-    table = Path("/proc/self/cgroup")
-    if not table.exists():
-        return []
-    files = []
-    for line in table.read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        here = root / group.lstrip("/")
-        files += [folder / name for folder in (here, *here.parents) if folder.is_relative_to(root)]
-    return files
-
-
-def _read_limit(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:  # the group is not mounted here (containers): it limits nothing we can see
-        return None
-    if not text.isdigit() or int(text) >= _UNLIMITED:
-        return None
-    return int(text)

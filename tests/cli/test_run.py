@@ -202,6 +202,20 @@ def test_a_single_token_has_no_speed() -> None:
     assert line == "0.000 GB read, peak memory 1.0 MiB of a 1.00 GiB budget"
 
 
+def test_the_closing_line_says_what_decided_a_budget_nobody_named() -> None:
+    stats = {"decode_tok_s": None, "bound_tok_s": None, "hit_rate": None, "bytes_read": 0}
+    stats |= {"peak_memory_bytes": 1 << 20, "budget_bytes": 1 << 30, "budget_reason": "the machine has 2 GiB"}
+    assert closing_line(stats).endswith("a 1.00 GiB budget (auto: the machine has 2 GiB)")
+
+
+def test_memory_may_be_auto(demo_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "Hello", "--memory", "auto", "--max-tokens", "2"]) == 0
+    assert "(auto: " in capsys.readouterr().err
+    assert main(["run", "Hello", "--memory", "500MiB", "--max-tokens", "2"]) == 0
+    assert "(auto: " not in capsys.readouterr().err
+    assert main(["run", "Hello", "--memory", "some"]) == 2
+
+
 def test_the_demo_model_speaks(demo_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--json", "--max-tokens", "4", "--temperature", "0", "--expert-slots", "25%"]
     assert main(["run", "Hello", *arguments]) == 0

@@ -301,7 +301,7 @@ def test_a_control_group_of_the_budgets_size_is_enough(bundle: Path, memory_grou
 @linux
 def test_without_a_budget_the_control_group_decides(bundle: Path, memory_group: Path) -> None:
     least = smallest(bundle, "--context", "1024") * MIB
-    set_limit(memory_group, least * 3 // 2)  # four fifths of it are used
+    set_limit(memory_group, least * 3 // 2)  # all but a small reserve is used
     done = run(bundle, "--context", "1024", group=memory_group)
     assert least <= done.stats["budget_bytes"] < least * 3 // 2
     assert done.peak <= done.stats["budget_bytes"]

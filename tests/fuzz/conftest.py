@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from flashmoe import env
+from flashmoe import cgroups, env
 from flashmoe.convert import convert
 from flashmoe.errors import FlashmoeError
 
@@ -116,5 +116,5 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def little_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with much memory must not be needed to find what takes too much."""
+    monkeypatch.setattr(cgroups, "limits", lambda root: [])
     monkeypatch.setattr(env, "memory_available", lambda: 1 << 40)
-    monkeypatch.setattr(env, "cgroup_memory_limit", lambda: None)

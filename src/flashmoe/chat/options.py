@@ -13,7 +13,8 @@ from flashmoe.types import parse_size
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of LLM; each may be left out.  Only those marked (*) change the output.
 
-    memory: ceiling of the whole process in bytes or like "6GiB"; None takes most of what is free.
+    memory: ceiling of the whole process in bytes or like "6GiB"; "auto" (as None) takes what the machine and its
+    control groups can spare.
     context: longest prompt and answer together, in tokens; None is the model's own or 8,192.
     threads: compute threads; None is one for each processor.
     experts_per_token: (*) other than the model's own number.
@@ -49,7 +50,7 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
     """Sizes as bytes, shares as numbers; raises ConfigError for what cannot be read."""
     memory, prefix_cache = given.get("memory"), given.get("prefix_cache")
     return EngineOptions(
-        memory_bytes=None if memory is None else parse_size(memory),
+        memory_bytes=None if memory in (None, "auto") else parse_size(memory),
         context=given.get("context"),
         threads=given.get("threads"),
         experts_per_token=given.get("experts_per_token"),

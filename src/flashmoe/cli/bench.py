@@ -35,9 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=options.count, metavar="N", help="of a config.json: the first N layers"
     )
-    parser.add_argument(
-        "--memory", type=options.size, metavar="SIZE", help="ceiling (default: most of what is free)"
-    )
+    options.add_memory(parser)
     parser.add_argument("--threads", type=options.count, metavar="N", help="default: all cores")
     parser.add_argument(
         "--prompt",

@@ -19,7 +19,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench stream`."""
     parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
     parser.add_argument(
-        "--memory", type=options.sizes, default=[None], metavar="SIZE,SIZE", help="budgets, like 3GiB,6GiB"
+        "--memory",
+        type=options.sizes,
+        default=[None],
+        metavar="SIZE,SIZE",
+        help="budgets, like 3GiB,6GiB (default: auto)",
     )
     parser.add_argument("--tokens", type=options.count, default=32, metavar="N", help="decoded (default 32)")
     parser.add_argument(

@@ -69,13 +69,16 @@ def _cpu() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, Any]:
-    from flashmoe.engine.memory import default_budget
+    from flashmoe import cgroups
+    from flashmoe.engine.memory import auto_budget
 
+    auto = auto_budget()
     return {
         "total_bytes": env.memory_total(),
         "available_bytes": env.memory_available(),
-        "cgroup_limit_bytes": env.cgroup_memory_limit(),
-        "default_budget_bytes": default_budget(),
+        "cgroup_limit_bytes": cgroups.group_limit(),
+        "default_budget_bytes": auto.nbytes,
+        "default_budget_reason": auto.reason,
         "transparent_huge_pages": _huge_pages(),
     }
 
@@ -144,7 +147,10 @@ def _describe(report: dict[str, Any]) -> str:
             f"{format_size(memory['total_bytes'])}, {format_size(memory['available_bytes'])} available",
         ),
         ("control group", "no memory limit" if limit is None else f"at most {format_size(limit)}"),
-        ("default budget", f"{format_size(memory['default_budget_bytes'])} (--memory sets another)"),
+        (
+            "default budget",
+            f"{format_size(memory['default_budget_bytes'])} ({memory['default_budget_reason']})",
+        ),
         ("huge pages", memory["transparent_huge_pages"]),
         ("drive", f"{drive['directory']}, {format_size(drive['free_bytes'])} free"),
         ("direct I/O", f"{'yes' if drive['direct_io'] else 'no'}: {drive['reason']}"),

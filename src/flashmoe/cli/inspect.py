@@ -29,9 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", type=int, choices=BITS, help="for a checkpoint or config: as convert --bits would"
     )
-    parser.add_argument(
-        "--memory", type=options.size, metavar="SIZE", help="plan this budget (default: what is free now)"
-    )
+    options.add_memory(parser)
     parser.add_argument("--context", type=options.count, metavar="N", help="plan this many tokens of context")
     options.add_kv_cache(parser)
     options.add_json(parser)

@@ -20,9 +20,14 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def memory(text: str) -> int | None:
+    """A memory budget in bytes; None for "auto"."""
+    return None if text.strip() == "auto" else size(text)
+
+
 def sizes(text: str) -> list[int | None]:
-    """Sizes, separated by commas."""
-    return [size(part.strip()) for part in text.split(",")]
+    """Memory budgets, separated by commas; None for each "auto"."""
+    return [memory(part) for part in text.split(",")]
 
 
 def count(text: str) -> int:
@@ -75,6 +80,16 @@ def slots(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d*%?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of slots nor a share like 25%")
     return text
+
+
+def add_memory(parser: argparse._ActionsContainer) -> None:
+    """--memory, the same wherever one budget is split."""
+    parser.add_argument(
+        "--memory",
+        type=memory,
+        metavar="auto|SIZE",
+        help="ceiling of the whole process, like 6GiB (default: auto, what machine and control groups can spare)",
+    )
 
 
 def add_kv_cache(parser: argparse._ActionsContainer) -> None:

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=options.sizes,
         metavar="SIZE,SIZE",
-        help="budgets, like 3GiB,6GiB (default: a quarter, half and all of what a run would take)",
+        help="budgets, like 3GiB,6GiB,auto (default: a quarter, half and all of what a run would take)",
     )
     parser.add_argument("--context", type=options.count, metavar="N", help="plan this many tokens of context")
     parser.add_argument("--threads", type=options.count, metavar="N", help="default: every processor")
@@ -99,14 +99,14 @@ def _experts_per_token(args: argparse.Namespace, facts: dict[str, Any]) -> int:
 def _plans(args: argparse.Namespace, facts: dict[str, Any]) -> tuple[list[MemoryPlan], list[str]]:
     """The split of each budget, and why others cannot work.  Raises BudgetError when none can."""
     from flashmoe.cli.inspect import config_of, model_demand_of, tokenizer_held
-    from flashmoe.engine.memory import default_budget, make_plan
+    from flashmoe.engine.memory import auto_budget, make_plan
     from flashmoe.models.registry import find_family
 
     raw = config_of(args.path)
     most = find_family(raw).config(raw).max_position_embeddings
     if args.context is not None and args.context > most:
         raise ConfigError(f"--context {args.context} is longer than the model's {most} positions")
-    budgets = args.memory or [default_budget() // part for part in _DEFAULT_PARTS]
+    budgets = args.memory or [auto_budget().nbytes // part for part in _DEFAULT_PARTS]
     plans, refusals = [], []
     with tokenizer_held(args.path):
         for budget in budgets:

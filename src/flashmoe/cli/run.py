@@ -76,9 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_machine(machine: argparse._ArgumentGroup) -> None:
-    machine.add_argument(
-        "--memory", type=options.size, metavar="SIZE", help="ceiling of the whole process, like 6GiB"
-    )
+    options.add_memory(machine)
     machine.add_argument(
         "--context", type=options.count, metavar="N", help="longest prompt and answer, in tokens"
     )
@@ -212,7 +210,8 @@ def closing_line(stats: dict[str, Any]) -> str:
         parts.append(f"hit rate {stats['hit_rate']:.1%}")
     parts.append(f"{stats['bytes_read'] / 1e9:.3f} GB read")
     peak, budget = format_size(stats["peak_memory_bytes"]), format_size(stats["budget_bytes"])
-    parts.append(f"peak memory {peak} of a {budget} budget")
+    why = f" (auto: {stats['budget_reason']})" if stats.get("budget_reason") else ""
+    parts.append(f"peak memory {peak} of a {budget} budget{why}")
     return ", ".join(parts)
 
 

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="on SIGTERM, time for running answers to finish (default 30)",
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--memory", type=options.size, metavar="SIZE", help="ceiling of the whole process")
+    options.add_memory(machine)
     machine.add_argument("--context", type=options.count, metavar="N", help="tokens of one conversation")
     machine.add_argument(
         "--parallel", type=options.count, default=4, metavar="N", help="answers at the same time (default 4)"
@@ -76,15 +76,15 @@ def execute(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'flashmoe[server]'")
     from flashmoe.chat.llm import LLM
-    from flashmoe.engine.memory import default_budget
+    from flashmoe.engine.memory import auto_budget
     from flashmoe.engine.prefix_cache import PrefixCache
 
     bundle = args.bundle or find_demo_bundle()
-    budget = args.memory or default_budget()
+    budget = args.memory or auto_budget().nbytes
     cache_memory = budget // _CACHE_SHARE if args.cache_memory is None else args.cache_memory
     with LLM(
         bundle,
-        memory=budget,
+        memory=args.memory,
         context=args.context,
         threads=args.threads,
         kv_cache=args.kv_cache,
@@ -123,7 +123,8 @@ def _serve(args: argparse.Namespace, llm: LLM, prefixes: PrefixCache, name: str)
 def _announcement(service: Service, address: tuple[str, int]) -> str:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     plan = service.llm.plan
+    why = plan.budget_reason and f" (auto: {plan.budget_reason})"
     return (
         f"flashmoe: {service.name} at http://{host}:{address[1]}/v1, {plan.sequences} answers at a time of up to "
-        f"{plan.context} tokens, {plan.slots} of {plan.experts} experts within {format_size(plan.budget_nbytes)}"
+        f"{plan.context} tokens, {plan.slots} of {plan.experts} experts within {format_size(plan.budget_nbytes)}{why}"
     )

@@ -34,7 +34,7 @@ from flashmoe.store.stats import CacheStats
 class EngineOptions:
     """How to run a bundle.
 
-    memory_bytes: ceiling of the whole process, None for most of what is free.
+    memory_bytes: ceiling of the whole process, None for what can be spared (memory.auto_budget).
     context: longest sequence in tokens, None for the model's own or 8,192, whichever is shorter.
     experts_per_token: fewer (or more) than the model's own changes its output; None keeps it exact.
     activations: "int8" (fast) or "f32" (accuracy oracle).
@@ -234,6 +234,7 @@ class Engine:
             "stall_seconds": reads.total.stall_seconds,
             "peak_memory_bytes": env.peak_memory(),
             "budget_bytes": self.plan.budget_nbytes,
+            "budget_reason": self.plan.budget_reason,
             "expert_slots": self.plan.slots,
             "experts": self.plan.experts,
             "io": self._parts.reader.mode,

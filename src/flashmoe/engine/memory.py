@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from flashmoe import env
+from flashmoe import cgroups, env
 from flashmoe.errors import BudgetError
 from flashmoe.types import format_size
 
@@ -19,7 +20,10 @@ _WORKSPACE_SHARE = 0.125
 # Two starts of the same command differ in what the process holds when it plans: by 0.2 MiB, more when the first
 # one still had to load its libraries.  The smallest budget that is named must work when it is tried.
 _NAMED_SLACK_NBYTES = 4 << 20
-# Left to the rest of the machine when no budget is given.
+# What turning a prompt into tokens takes for each of them, besides the text: at most 642 bytes with the demo's
+# tokenizer (8,192 to 262,144 tokens).  It comes with each prompt, when the slots are full.
+PROMPT_TOKEN_NBYTES = 700
+# Of the memory that can be had, where the system does not tell who limits it (no Linux).
 _AUTO_SHARE = 0.8
 
 
@@ -58,6 +62,7 @@ class MemoryPlan:
     embedding_resident: bool = False  # counted in resident_nbytes
     kv_cache: str = "f16"
     sequences: int = 1
+    budget_reason: str = ""  # where nobody named the budget: what decided it
 
     @property
     def slots_nbytes(self) -> int:
@@ -68,8 +73,8 @@ class MemoryPlan:
         """The plan as a few aligned lines."""
         share = self.slots / self.experts if self.experts else 1.0
         rows = [
-            ("budget", self.budget_nbytes, ""),
-            ("process", self.process_nbytes, "interpreter, libraries, reserve"),
+            ("budget", self.budget_nbytes, self.budget_reason and f"auto: {self.budget_reason}"),
+            ("process", self.process_nbytes, "interpreter, libraries, a prompt's tokens, reserve"),
             ("resident weights", self.resident_nbytes, ""),
             (
                 "state",
@@ -83,31 +88,51 @@ class MemoryPlan:
         return "\n".join(f"{name:<17} {format_size(size):>11}  {note}".rstrip() for name, size, note in rows)
 
 
-def default_budget() -> int:
-    """Bytes to use when the user names none: most of what is free, and never more than the control group allows."""
-    free = env.memory_available()
-    limit = env.cgroup_memory_limit()
-    return int(_AUTO_SHARE * (free if limit is None else min(free, limit)))
+@dataclass(frozen=True)
+class AutoBudget:
+    """What `--memory auto` comes to, in bytes, and what it was that decided."""
+
+    nbytes: int
+    reason: str
+
+
+def auto_budget(root: Path = Path("/")) -> AutoBudget:
+    """As much as this process can have while the machine stays usable and no control group is exceeded.
+
+    The least of what physical memory and each control group above this process leave: the limit, less what is in use
+    (neighbours included, file cache that can be reclaimed not), less a reserve (cgroups.py), and again what this
+    process holds already, since a budget is a ceiling of the whole process.  The same call later in the process gives
+    the same number, unless others have taken or given back memory.  root: of proc and sys, for tests.
+    """
+    bounds = cgroups.limits(root)
+    if not bounds:
+        return AutoBudget(int(_AUTO_SHARE * env.memory_available()), "four fifths of what is available")
+    tightest = min(bounds, key=lambda bound: bound.room)
+    total, used, reserve = map(format_size, (tightest.total, tightest.used, tightest.reserve))
+    reason = f"{tightest.name} has {total}: {used} in use, {reserve} kept free"
+    return AutoBudget(max(0, tightest.room + cgroups.own_memory(root)), reason)
 
 
 def make_plan(
     demand: Demand, budget: int | None, chunk: int | None = None, slots: int | None = None
 ) -> MemoryPlan:
-    """Split `budget` (None: default_budget()); `chunk` and `slots` fix what is otherwise chosen.
+    """Split `budget` (None: auto_budget()); `chunk` and `slots` fix what is otherwise chosen.
 
     Raises BudgetError naming the smallest budget that would work.
     """
-    process = env.current_memory() + RESERVE_NBYTES
+    process = env.current_memory() + RESERVE_NBYTES + PROMPT_TOKEN_NBYTES * demand.context
     fixed = process + demand.resident_nbytes + demand.state_nbytes
     smallest_chunk = chunk or CHUNKS[-1]
     slots = None if slots is None else min(slots, demand.experts)  # more could never be filled
     wanted = slots if slots is not None else demand.min_slots
     smallest = fixed + demand.workspace_nbytes(smallest_chunk) + wanted * demand.record_nbytes
-    limit = default_budget() if budget is None else budget
+    auto = auto_budget() if budget is None else None
+    limit = auto.nbytes if auto is not None else budget or 0
     if limit < smallest:
         named = -(-(smallest + _NAMED_SLACK_NBYTES) // (1 << 20))
+        why = "" if auto is None else f" ({auto.reason})"
         raise BudgetError(
-            f"a memory budget of {format_size(limit)} is too small: the smallest that works is "
+            f"a memory budget of {format_size(limit)}{why} is too small: the smallest that works is "
             f"--memory {named}MiB (at --context {demand.context}; a shorter context needs less)"
         )
     chunk = chunk or _choose_chunk(demand, limit - fixed)
@@ -132,6 +157,7 @@ def make_plan(
         embedding_resident=embedding,
         kv_cache=demand.kv_cache,
         sequences=demand.sequences,
+        budget_reason="" if auto is None else auto.reason,
     )
 
 
