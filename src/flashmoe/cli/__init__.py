@@ -31,6 +31,7 @@ COMMANDS = {
 # `flashmoe bench WORD` measures something of its own: the word -> its module; a bundle of that name is ./WORD
 BENCHES = {
     "stream": "bench_stream",
+    "io": "bench_io",
     "io-experiments": "bench_io_experiments",
 }
 
