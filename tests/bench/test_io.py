@@ -21,6 +21,7 @@ from flashmoe.errors import ConfigError, ReadError
 FAST = IoOptions(depths=(1, 8), sweep_seconds=0.01, seconds=0.02, repeats=2)
 WORDS = ["--depths", "2,8", "--seconds", "0.02", "--repeats", "1"]
 RATE = 5e8
+NBYTES = 1 << 50  # more than any time in which the fake may be seen reading makes slower than RATE
 
 
 @pytest.fixture
@@ -37,9 +38,10 @@ if sys.argv[1] == "--version":
     sys.exit(0)
 options = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
 open({str(calls)!r}, "a").write(json.dumps(options | {{"flags": sys.argv}}) + "\\n")
+nbytes = {NBYTES}
 {body}
 print("a warning")
-print(json.dumps({{"jobs": [{{"read": {{"bw_bytes": {RATE}}}}}]}}))
+print(json.dumps({{"jobs": [{{"read": {{"bw_bytes": {RATE}, "io_bytes": nbytes}}}}]}}))
 """
         )
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -129,6 +131,33 @@ def test_a_fio_that_answers_nonsense_is_named(
     assert fio is not None
     with pytest.raises(ConfigError, match=f"fio with psync.*{reason}"):
         fio.read("psync", 2, [Path("a:b")], 4096, 0.01)
+
+
+def test_threads_that_each_take_their_own_time_are_timed_together(
+    tmp_path: Path, fake_fio: Callable[[str], Path]
+) -> None:
+    record = 4 << 20
+    (tmp_path / "records").write_bytes(bytes(2 * record))
+    fake_fio(f"""
+import mmap, os, time
+try:
+    file = os.open({str(tmp_path / "records")!r}, os.O_RDONLY | os.O_DIRECT)
+    with mmap.mmap(-1, {record}) as room:
+        for i in range(2):
+            time.sleep(0.1)
+            os.preadv(file, [room], i * {record})
+        time.sleep(0.1)
+    nbytes = {2 * record}
+except (OSError, AttributeError):
+    sys.exit("no direct reads")
+""")
+    fio, _ = find_fio()
+    assert fio is not None
+    try:
+        rate = fio.read("psync", 2, [tmp_path / "records"], record, 0.01)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert rate <= 2 * record / 0.1
 
 
 def test_colons_in_names_are_escaped() -> None:
