@@ -73,7 +73,8 @@ def record_files(bundle: Bundle) -> RecordFiles:
         raise ConfigError(f"{bundle.path} has no routed experts: name a bundle of a Mixture-of-Experts model")
     [(nbytes, _)] = sizes.most_common(1)
     layers = [layer for layer in bundle.expert_layers if layer.record_nbytes == nbytes]
-    return RecordFiles(tuple(layer.path for layer in layers), tuple(layer.count for layer in layers), nbytes)
+    files = [(path, layer.records(i)) for layer in layers for i, path in enumerate(layer.paths)]
+    return RecordFiles(tuple(path for path, _ in files), tuple(count for _, count in files), nbytes)
 
 
 def measure(files: RecordFiles, options: IoOptions, note: Note) -> dict[str, Any]:

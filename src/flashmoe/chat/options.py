@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TypedDict
 
 from flashmoe.bundle.reader import Bundle
@@ -27,6 +29,7 @@ class LoadOptions(TypedDict, total=False):
     sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
     prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
     verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
+    experts_dirs: of a striped bundle, directories that are not where its links lead, in any order.
     """
 
     memory: str | int | None
@@ -41,6 +44,7 @@ class LoadOptions(TypedDict, total=False):
     sequences: int
     prefix_cache: str | int | None
     verify_reads: bool
+    experts_dirs: Sequence[str | Path]
 
 
 def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
@@ -59,6 +63,7 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
         sequences=given.get("sequences", 1),
         prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
         verify_reads=given.get("verify_reads", False),
+        experts_dirs=tuple(map(Path, given.get("experts_dirs", ()))),
     )
 
 

@@ -45,6 +45,7 @@ class EngineOptions:
     sequences: how many can be processed side by side (1 to 16), each with its own context.
     prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
     verify_reads: compare resident tensors and expert records with their checksums as they are read.
+    experts_dirs: of a striped bundle, directories that are not where its links lead.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -61,6 +62,7 @@ class EngineOptions:
     sequences: int = 1
     prefix_cache_bytes: int = 0
     lookahead: str = "auto"
+    experts_dirs: tuple[Path, ...] = ()
 
 
 @dataclass

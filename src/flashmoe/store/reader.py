@@ -15,6 +15,7 @@ __all__ = ["AlignedBuffer", "ExpertReader", "NativeReader", "Read"]
 # (file index, offset, bytes, buffer, offset in the buffer); offsets are multiples of 4096.
 Read = tuple[int, int, int, AlignedBuffer, int]
 
+MOST_IN_FLIGHT = 256  # whatever the queue depth
 _BULK_TAG = 1 << 62  # of read_many's pieces: no number that a caller uses
 _PIECE = 8 << 20  # large reads are cut into pieces that keep all I/O threads busy
 
