@@ -86,8 +86,9 @@ def stripe(
         bundle = Bundle.open(path, places if held else ())
         targets = places or [path / EXPERTS_FOLDER]
         nbytes = _copy_all(_files(bundle, targets), places, manifest, progress)
+        old = _folders(bundle) - {target.resolve() for target in targets}
         _name_places(path, manifest, places)
-        _delete_old(bundle, targets)
+        _delete_old(old, manifest)
     return StripeReport(path, targets, nbytes)
 
 
@@ -178,20 +179,20 @@ def _name_places(path: Path, manifest: Manifest, places: Sequence[Path]) -> None
         shutil.rmtree(path / name)  # links: what they lead to stays
 
 
-def _delete_old(bundle: Bundle, places: Sequence[Path]) -> None:
-    """Delete the files that the bundle consisted of, but for those that it still consists of."""
-    kept = {place.resolve() for place in places}
-    folders = {file.parent for layer in bundle.expert_layers for file in layer.paths}
-    if (bundle.path / EXPERTS_FOLDER).is_dir():  # an earlier run may have ended before it deleted them
-        folders.add(bundle.path / EXPERTS_FOLDER)
+def _folders(bundle: Bundle) -> set[Path]:
+    """Where the files of the experts really are, and where an earlier run may have left some."""
+    folders = {file.parent.resolve() for layer in bundle.expert_layers for file in layer.paths}
+    return folders | {(bundle.path / EXPERTS_FOLDER).resolve()}
+
+
+def _delete_old(folders: set[Path], manifest: Manifest) -> None:
+    """Delete what the bundle consisted of in these folders."""
+    names = [Path(record.file).name for record in manifest.experts]
     for folder in sorted(folders):
-        if folder.resolve() in kept:
-            continue
-        names = {file.name for layer in bundle.expert_layers for file in layer.paths}
         for name in [*names, *(name + PARTIAL for name in names), MARK_FILE]:
             (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the root of a drive, or somebody else's files in it: they stay
-            folder.resolve().rmdir()
+        with contextlib.suppress(OSError):  # the root of a drive, or with somebody else's files: it stays
+            folder.rmdir()
 
 
 @contextmanager

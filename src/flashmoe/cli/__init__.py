@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "show what a bundle or a checkpoint contains and what memory it needs",
     "plan": "foretell speed and memory of a model on this machine, before it is downloaded",
     "verify": "check every byte of a bundle against its checksums",
+    "stripe": "spread a bundle's experts over several drives",
     "synth": "make a bundle of a real model's exact shape with random weights",
     "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",
     "doctor": "show what this machine offers: instruction set, memory, drives",

@@ -87,6 +87,9 @@ def add_kv_cache(parser: argparse._ActionsContainer) -> None:
     )
 
 
+MOVED_DIR = "of a striped bundle, a directory that is not where its link leads"
+
+
 def add_experts_dirs(parser: argparse._ActionsContainer, text: str) -> None:
     """--experts-dir, once for each directory."""
     parser.add_argument(
