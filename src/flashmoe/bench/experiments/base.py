@@ -54,10 +54,10 @@ def expert_paths(parts: Parts) -> list[Path]:
     return reader_paths(parts)[1:]
 
 
-def native_reader(parts: Parts, queue_depth: int = QUEUE_DEPTH) -> NativeReader:
+def native_reader(parts: Parts, queue_depth: int = QUEUE_DEPTH, engine: str = "auto") -> NativeReader:
     """A second reader over the same files, in the mode of the engine's own."""
     direct = "on" if parts.reader.mode == "direct" else "off"
-    return NativeReader(reader_paths(parts), direct, queue_depth=queue_depth)
+    return NativeReader(reader_paths(parts), direct, engine, queue_depth)
 
 
 def exchange(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.bench.experiments.base import Plain, Variant, exchange, native_reader
+from flashmoe.bench.experiments.base import Plain, UnavailableError, Variant, exchange, native_reader
 from flashmoe.engine.loading import Parts
 from flashmoe.store.reader import BulkReads, NativeReader, Read
 
@@ -50,6 +50,15 @@ def install_split(parts: Parts, setting: str, scratch: Path | None) -> Variant:
     inner = native_reader(parts)
     exchange(parts, reader=SplitReader(inner, cuts))
     return Plain(inner)
+
+
+def install_threads(parts: Parts, setting: str, scratch: Path | None) -> Variant:
+    """As many threads in pread(2) as the default has reads in flight."""
+    if parts.reader.engine == "threads":
+        raise UnavailableError(f"the default reads with threads too: {parts.reader.engine_reason}")
+    reader = native_reader(parts, engine="threads")
+    exchange(parts, reader=reader)
+    return Plain(reader)
 
 
 def install_depth(parts: Parts, setting: str, scratch: Path | None) -> Variant:
