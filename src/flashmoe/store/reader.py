@@ -95,11 +95,11 @@ class BulkReads:
 
 
 class NativeReader(BulkReads):
-    """Direct reads by io_uring or a pool of threads (native/io/).
+    """Direct reads by a pool of threads or io_uring (native/io/).
 
     direct: "auto" falls back to buffered reads, with `reason` saying why; "on" insists; "off".  Buffered reads drop
     their pages from the page cache at once, so that it stays out of the memory budget.
-    engine: "uring", "threads", or "auto", with `engine_reason` saying why that one (docs/decisions/007-reader.md).
+    engine: "threads", which "auto" is, or "uring"; `engine_reason` says why that one (docs/decisions/007-reader.md).
     queue_depth: most reads in flight, 1 to 256.
     Thread-safe apart from read_many and read_into.  Raises ReadError when a file cannot be opened, or when the
     engine asked for is refused.

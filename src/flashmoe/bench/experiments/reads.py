@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flashmoe.bench.experiments.base import Plain, UnavailableError, Variant, exchange, native_reader
 from flashmoe.engine.loading import Parts
+from flashmoe.errors import ReadError
 from flashmoe.store.reader import BulkReads, NativeReader, Read
 
 _BLOCK = 4096
@@ -52,11 +53,12 @@ def install_split(parts: Parts, setting: str, scratch: Path | None) -> Variant:
     return Plain(inner)
 
 
-def install_threads(parts: Parts, setting: str, scratch: Path | None) -> Variant:
-    """As many threads in pread(2) as the default has reads in flight."""
-    if parts.reader.engine == "threads":
-        raise UnavailableError(f"the default reads with threads too: {parts.reader.engine_reason}")
-    reader = native_reader(parts, engine="threads")
+def install_uring(parts: Parts, setting: str, scratch: Path | None) -> Variant:
+    """As many reads in one io_uring as the default has threads in pread(2)."""
+    try:
+        reader = native_reader(parts, engine="uring")
+    except ReadError as error:
+        raise UnavailableError(str(error)) from error
     exchange(parts, reader=reader)
     return Plain(reader)
 
