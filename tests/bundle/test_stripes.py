@@ -268,3 +268,13 @@ def test_the_commands(small_bundle: Path, drives: list[Path], capsys: pytest.Cap
     shutil.move(moved, drives[1])
     assert main([*words, "--together"]) == 0
     assert main(["verify", str(small_bundle)]) == 0
+
+
+def test_synth_writes_the_same_experts(small_bundle: Path, tmp_path: Path, drives: list[Path]) -> None:
+    path = tmp_path / "striped"
+    words = [f"--experts-dir={drive}" for drive in drives]
+    assert main(["synth", str(tmp_path / "config.json"), str(path), *words]) == 0
+    assert len(Bundle.open(path).experts_dirs) == 3
+    assert records(path) == records(small_bundle)
+    stripe(path, [])
+    assert content(path) == content(small_bundle)
