@@ -17,19 +17,17 @@ Reader::Reader(const std::vector<std::string>& paths, DirectMode mode, EngineKin
 Reader::~Reader() { queue_->stop(); }
 
 void Reader::choose_engine(EngineKind wanted, int queue_depth) {
-  if (wanted == EngineKind::threads) {
-    engine_reason_ = "threads were asked for";
-  } else {
+  if (wanted == EngineKind::uring) {
     std::string refusal;
     engine_ = make_uring_engine(*files_, *queue_, queue_depth, refusal);
-    if (engine_ != nullptr) {
-      kind_ = EngineKind::uring;
-      engine_reason_ = wanted == EngineKind::uring ? "io_uring was asked for" : "this system offers io_uring";
-      return;
-    }
-    if (wanted == EngineKind::uring) throw std::runtime_error(refusal);
-    engine_reason_ = refusal;
+    if (engine_ == nullptr) throw std::runtime_error(refusal);
+    kind_ = EngineKind::uring;
+    engine_reason_ = "io_uring was asked for";
+    return;
   }
+  engine_reason_ = wanted == EngineKind::threads
+                       ? "threads were asked for"
+                       : "beside computing, a pool of threads is faster than io_uring";
   engine_ = make_pread_engine(*files_, *queue_, queue_depth);
 }
 

@@ -126,8 +126,8 @@ drive, source, nbytes = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(drive)]).returncode:
     sys.exit(77)
 words, ballast, check = ["convert", source, str(drive / "bundle")], drive / "ballast", writing.UnitWriter.check_space
-def fill(writer, needed, remedy):
-    check(writer, needed, remedy)
+def fill(writer, growth, remedy):
+    check(writer, growth, remedy)
     with ballast.open("wb", buffering=0) as file:
         file.write(bytes(int(nbytes) - 150_000))
 writing.UnitWriter.check_space = fill

@@ -124,7 +124,12 @@ def _drive(
     with ExitStack() as stack:
         if directory is None and (path / "manifest.json").is_file():
             layers = Bundle.open(path).expert_layers
-            files = [(layer.path, layer.count) for layer in layers if layer.record_nbytes == record_nbytes]
+            files = [
+                (path, layer.records(stripe))
+                for layer in layers
+                if layer.record_nbytes == record_nbytes
+                for stripe, path in enumerate(layer.paths)
+            ]
             source = f"records of {path}"
         else:
             directory = directory or Path()

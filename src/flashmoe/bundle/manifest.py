@@ -22,6 +22,8 @@ from flashmoe.errors import BundleError
 
 FORMAT = "flashmoe-bundle"
 FORMAT_VERSION = 1
+STRIPED_VERSION = 2  # of a bundle whose experts lie in several directories: older readers must refuse it
+MOST_STRIPES = 64
 MANIFEST_FILE = "manifest.json"
 RESIDENT_FILE = "resident.safetensors"
 TENSOR_ALIGN = 64  # in resident.safetensors; a cache line, so that tiles never straddle one needlessly
@@ -46,7 +48,10 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """The experts file of one layer; record e starts at e * record_nbytes."""
+    """The experts file of one layer; record e starts at e * record_nbytes.
+
+    With S stripes, record e is in the `file` of stripe e % S, at e // S * record_nbytes.
+    """
 
     layer: int
     file: str
@@ -65,7 +70,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest.json; ``experts`` is ordered by layer and may be empty."""
+    """The whole manifest.json; ``experts`` is ordered by layer and may be empty.
+
+    stripes: directories of the bundle (links, mostly) that share the experts; none: each layer is one file.
+    """
 
     model_type: str
     source: Mapping[str, Any]
@@ -76,19 +84,21 @@ class Manifest:
     experts: Sequence[LayerRecord]
     skipped: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    stripes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
+        experts = {"count": self.expert_count, "layers": [_layer_to_json(r) for r in self.experts]}
         return {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": STRIPED_VERSION if self.stripes else FORMAT_VERSION,
             "model_type": self.model_type,
             "source": dict(self.source),
             "quantization_note": self.quantization_note,
             "lossless": self.lossless,
             "files": {name: {"nbytes": f.nbytes, "xxh3": f.xxh3} for name, f in self.files.items()},
             "tensors": {name: _tensor_to_json(tensor) for name, tensor in self.tensors.items()},
-            "experts": {"count": self.expert_count, "layers": [_layer_to_json(r) for r in self.experts]},
+            "experts": experts | {"stripes": list(self.stripes)} if self.stripes else experts,
             "skipped": [dict(item) for item in self.skipped],
         }
 
@@ -132,9 +142,10 @@ def parse_manifest(value: object) -> Manifest:
     root = _object(value, "the manifest")
     if root.get("format") != FORMAT:
         raise BundleError(f"format is {root.get('format')!r}, not {FORMAT!r}: this is no flashmoe bundle")
-    if root.get("format_version") != FORMAT_VERSION:
+    version = root.get("format_version")
+    if version not in (FORMAT_VERSION, STRIPED_VERSION):
         raise BundleError(
-            f"format_version is {root.get('format_version')!r}, this flashmoe reads {FORMAT_VERSION}:"
+            f"format_version is {version!r}, this flashmoe reads {FORMAT_VERSION} and {STRIPED_VERSION}:"
             " convert the model again or use another flashmoe"
         )
     experts = _object(root.get("experts"), "experts")
@@ -143,6 +154,7 @@ def parse_manifest(value: object) -> Manifest:
     numbers = [layer.layer for layer in layers]
     if numbers != sorted(set(numbers)):
         raise BundleError("experts.layers is not in ascending order: convert the model again")
+    stripes = _stripes(experts, count, layers) if version == STRIPED_VERSION else ()
     return Manifest(
         model_type=_text(root, "model_type", "the manifest"),
         source=_object(root.get("source"), "source"),
@@ -153,7 +165,23 @@ def parse_manifest(value: object) -> Manifest:
         experts=layers,
         skipped=[_skipped(item) for item in _list(root.get("skipped"), "skipped")],
         files={n: _file_from_json(n, v) for n, v in _object(root.get("files", {}), "files").items()},
+        stripes=stripes,
     )
+
+
+def _stripes(experts: dict[str, Any], count: int, layers: Sequence[LayerRecord]) -> tuple[str, ...]:
+    """The directories of a striped bundle: none without an expert, no two files of a directory the same."""
+    stripes = tuple(_list(experts.get("stripes"), "experts.stripes"))
+    if not 1 <= len(stripes) <= min(count, MOST_STRIPES) or len(set(map(str, stripes))) != len(stripes):
+        raise BundleError(
+            f"experts.stripes names {len(stripes)} directories for {count} experts: stripe the bundle again"
+        )
+    for name in stripes:
+        if not isinstance(name, str) or not _is_inside(name):
+            raise BundleError(f"experts.stripes names {name!r}, outside the bundle: stripe the bundle again")
+    if len({layer.file for layer in layers}) != len(layers):
+        raise BundleError("two layers of experts.layers share a file: convert the model again")
+    return stripes
 
 
 def _tensor_to_json(tensor: TensorRecord) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flashmoe.bundle.manifest import (
     TensorRecord,
     load_manifest,
 )
+from flashmoe.bundle.stripes import find_stripes
 from flashmoe.checkpoint.header import TensorEntry, read_header
 from flashmoe.checkpoint.pread import read_exact
 from flashmoe.errors import BundleError, CheckpointError
@@ -51,34 +52,56 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One layer's experts file: record e is ``record_nbytes`` bytes at e * record_nbytes."""
+    """One layer's experts: ``count`` records of ``record_nbytes`` bytes, striped by expert over ``paths``."""
 
     layer: int
-    path: Path
+    paths: tuple[Path, ...]
     count: int
     record_nbytes: int
     ffn: FfnLayout
+
+    @property
+    def path(self) -> Path:
+        """The file of the first stripe, for most bundles the only one."""
+        return self.paths[0]
+
+    def place(self, expert: int) -> tuple[int, int]:
+        """(which of the paths, offset in bytes) of a record."""
+        turn, stripe = divmod(expert, len(self.paths))
+        return stripe, turn * self.record_nbytes
+
+    def records(self, stripe: int) -> int:
+        """How many records the file of a stripe has."""
+        return len(range(stripe, self.count, len(self.paths)))
 
 
 class Bundle:
     """An opened bundle: names, places and sizes.  Immutable, so safe to share between threads."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, config: dict[str, Any], tensors: Mapping[str, TensorInfo]
+        self,
+        path: Path,
+        manifest: Manifest,
+        config: dict[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        experts_dirs: Sequence[Path],
     ) -> None:
+        """experts_dirs: the directories of its stripes; of a bundle that is not striped, itself."""
         self.path = path
         self.manifest = manifest
         self.config = config
         self.text_config = flatten_text_config(config)
         self.generation_config = _read_json(path / "generation_config.json", optional=True)
         self.resident_path = path / RESIDENT_FILE
-        self.expert_layers = [_expert_layer(path, manifest, record) for record in manifest.experts]
+        self.experts_dirs = list(experts_dirs)
+        self.expert_layers = [_expert_layer(experts_dirs, manifest, record) for record in manifest.experts]
         self._tensors = tensors
 
     @classmethod
-    def open(cls, path: Path | str) -> Bundle:
+    def open(cls, path: Path | str, experts_dirs: Sequence[Path] = ()) -> Bundle:
         """Open the bundle in directory ``path``.
 
+        experts_dirs: of a striped bundle, directories that are not where its links say, in any order.
         Raises BundleError (one line) when the manifest is missing, damaged or of another version, or any
         file is absent or not exactly as long as the manifest says.  Reads no weights.
         """
@@ -86,9 +109,13 @@ class Bundle:
         manifest = load_manifest(path)
         for name, file in manifest.files.items():
             _check_size(path / name, file.nbytes)
-        for layer in manifest.experts:
-            _check_size(path / layer.file, layer.record_nbytes * manifest.expert_count)
-        return cls(path, manifest, _read_json(path / "config.json"), _resident_tensors(path, manifest))
+        directories = find_stripes(path, manifest, experts_dirs)
+        config, tensors = _read_json(path / "config.json"), _resident_tensors(path, manifest)
+        bundle = cls(path, manifest, config, tensors, directories)
+        for layer in bundle.expert_layers:
+            for stripe, path in enumerate(layer.paths):
+                _check_size(path, layer.record_nbytes * layer.records(stripe))
+        return bundle
 
     @property
     def model_type(self) -> str:
@@ -127,7 +154,8 @@ class Bundle:
         """
         for entry in self.expert_layers:
             if entry.layer == layer and 0 <= expert < entry.count:
-                return read_exact(entry.path, expert * entry.record_nbytes, entry.record_nbytes)
+                stripe, offset = entry.place(expert)
+                return read_exact(entry.paths[stripe], offset, entry.record_nbytes)
         raise BundleError(f"{self.path} has no expert {expert} in layer {layer}")
 
 
@@ -172,10 +200,9 @@ def _stored_dtype(record: TensorRecord) -> str:
     return _DENSE_NAMES[record.codec.dtype] if isinstance(record.codec, DenseCodec) else "U8"
 
 
-def _expert_layer(path: Path, manifest: Manifest, record: LayerRecord) -> ExpertLayer:
-    return ExpertLayer(
-        record.layer, path / record.file, manifest.expert_count, record.record_nbytes, record.ffn
-    )
+def _expert_layer(directories: Sequence[Path], manifest: Manifest, record: LayerRecord) -> ExpertLayer:
+    paths = tuple(directory / record.file for directory in directories)
+    return ExpertLayer(record.layer, paths, manifest.expert_count, record.record_nbytes, record.ffn)
 
 
 def _check_size(file: Path, nbytes: int) -> None:

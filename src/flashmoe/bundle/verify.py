@@ -79,10 +79,11 @@ def _parts(bundle: Bundle) -> Iterator[_Part]:
         info = bundle.tensor(name)
         digest = bundle.manifest.tensors[name].xxh3
         yield _Part(bundle.resident_path, f"tensor {name}", None, info.offset, info.nbytes, digest)
-    for record in bundle.manifest.experts:
+    for record, layer in zip(bundle.manifest.experts, bundle.expert_layers, strict=True):
         for expert, digest in enumerate(record.xxh3):
-            offset, name = expert * record.record_nbytes, f"expert {expert} of layer {record.layer}"
-            yield _Part(bundle.path / record.file, name, expert, offset, record.record_nbytes, digest)
+            stripe, offset = layer.place(expert)
+            name = f"expert {expert} of layer {record.layer}"
+            yield _Part(layer.paths[stripe], name, expert, offset, record.record_nbytes, digest)
 
 
 def _check(part: _Part) -> str | None:

@@ -75,7 +75,7 @@ class LLM:
         with the first such request, and takes 58 MiB beyond the plan with 248,320 tokens.
         Raises BundleError, ConfigError, BudgetError or ReadError, each with one line that names the remedy.
         """
-        opened = Bundle.open(Path(bundle))
+        opened = Bundle.open(Path(bundle), [Path(one) for one in options.get("experts_dirs", ())])
         # Before the engine: it plans its memory around what the process already holds, and the tokenizer of
         # a 248,320-entry vocabulary holds more than 100 MiB.
         self.tokenizer = TextTokenizer.open(opened.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TypedDict
 
 from flashmoe.bundle.reader import Bundle
@@ -29,6 +31,7 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
     verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
     logit_rows: tokens whose logits an evaluation looks at together; counted by the memory plan.
+    experts_dirs: of a striped bundle, directories that are not where its links lead, in any order.
     """
 
     memory: str | int | None
@@ -44,6 +47,7 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache: str | int | None
     verify_reads: bool
     logit_rows: int
+    experts_dirs: Sequence[str | Path]
 
 
 def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
@@ -63,6 +67,7 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
         prefix_cache_bytes=0 if prefix_cache is None else parse_size(prefix_cache),
         verify_reads=given.get("verify_reads", False),
         logit_rows=given.get("logit_rows", 1),
+        experts_dirs=tuple(map(Path, given.get("experts_dirs", ()))),
     )
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "show what a bundle or a checkpoint contains and what memory it needs",
     "plan": "foretell speed and memory of a model on this machine, before it is downloaded",
     "verify": "check every byte of a bundle against its checksums",
+    "stripe": "spread a bundle's experts over several drives",
     "synth": "make a bundle of a real model's exact shape with random weights",
     "eval": "measure how good a bundle is: perplexity, divergence, questions, tool calls",
     "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",
@@ -32,6 +33,7 @@ COMMANDS = {
 # `flashmoe bench WORD` measures something of its own: the word -> its module; a bundle of that name is ./WORD
 BENCHES = {
     "stream": "bench_stream",
+    "io": "bench_io",
     "io-experiments": "bench_io_experiments",
 }
 

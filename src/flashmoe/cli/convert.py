@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete each source file once its content is safely written: half the disk space, no way back",
     )
+    options.add_experts_dirs(parser, "an empty directory for its share of the experts")
     options.add_json(parser)
 
 
@@ -47,7 +48,12 @@ def execute(args: argparse.Namespace) -> int:
 
     with ProgressLine("converting") as progress:
         report = convert(
-            args.source, args.bundle, bits=args.bits, consume_source=args.consume_source, progress=progress
+            args.source,
+            args.bundle,
+            bits=args.bits,
+            consume_source=args.consume_source,
+            experts_dirs=args.experts_dirs,
+            progress=progress,
         )
     if args.json:
         options.print_json(dataclasses.asdict(report))

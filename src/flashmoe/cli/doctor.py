@@ -92,12 +92,19 @@ def _huge_pages() -> str:
 
 
 def _drive(directory: Path) -> dict[str, Any]:
+    from flashmoe.store.reader import NativeReader
+
     direct, reason = probe_direct_io(directory)
+    reader = NativeReader([])  # which engine it takes depends on the system, not on files
+    engine, engine_reason = reader.engine, reader.engine_reason
+    reader.close()
     return {
         "directory": str(directory.resolve()),
         "free_bytes": shutil.disk_usage(directory).free,
         "direct_io": direct,
         "reason": reason,
+        "engine": engine,
+        "engine_reason": engine_reason,
     }
 
 
@@ -153,6 +160,7 @@ def _describe(report: dict[str, Any]) -> str:
         ),
         ("huge pages", memory["transparent_huge_pages"]),
         ("drive", f"{drive['directory']}, {format_size(drive['free_bytes'])} free"),
+        ("reader", f"{drive['engine']}: {drive['engine_reason']}"),
         ("direct I/O", f"{'yes' if drive['direct_io'] else 'no'}: {drive['reason']}"),
     ]
     return "\n".join(f"{name:<16} {value}" for name, value in rows)

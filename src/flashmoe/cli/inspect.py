@@ -113,6 +113,7 @@ def _describe(path: Path, facts: dict[str, Any]) -> str:
         ),
         ("layers", f"{facts['layers']}: {attention} with attention, {facts['layers'] - attention} recurrent"),
         ("experts", _experts(facts)),
+        *(("on drive", directory) for directory in facts.get("experts_dirs", ())),
         ("always needed", f"{format_size(facts['resident_nbytes'])} in memory"),
     ]
     if facts["embedding_nbytes"]:

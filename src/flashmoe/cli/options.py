@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from flashmoe.errors import ConfigError
@@ -98,6 +99,22 @@ def add_kv_cache(parser: argparse._ActionsContainer) -> None:
         "--kv-cache",
         choices=("f16", "int8", "f32"),
         help="how keys and values are kept (default: f16; int8 is half as large and lossy)",
+    )
+
+
+MOVED_DIR = "of a striped bundle, a directory that is not where its link leads"
+
+
+def add_experts_dirs(parser: argparse._ActionsContainer, text: str) -> None:
+    """--experts-dir, once for each directory."""
+    parser.add_argument(
+        "--experts-dir",
+        action="append",
+        type=Path,
+        default=[],
+        dest="experts_dirs",
+        metavar="DIR",
+        help=f"{text}; give it once for each drive",
     )
 
 

@@ -99,6 +99,7 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument(
         "--verify-reads", action="store_true", help="compare every weight with its checksum as it is read"
     )
+    options.add_experts_dirs(machine, options.MOVED_DIR)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -119,6 +120,7 @@ def execute(args: argparse.Namespace) -> int:
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
         verify_reads=args.verify_reads,
+        experts_dirs=args.experts_dirs,
         structured=form is not None,
     ) as llm:
         if llm.lossy:

@@ -60,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     options.add_kv_cache(machine)
+    options.add_experts_dirs(machine, options.MOVED_DIR)
     prefixes = parser.add_argument_group("prefix cache", "conversations go on where they were")
     prefixes.add_argument(
         "--cache-memory", type=options.size, metavar="SIZE", help="default: a twentieth of --memory"
@@ -91,6 +92,7 @@ def execute(args: argparse.Namespace) -> int:
         io=args.io,
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
+        experts_dirs=args.experts_dirs,
         sequences=args.parallel,
         prefix_cache=cache_memory,
     ) as llm:

@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how unevenly experts are chosen; 0 is even (default)",
     )
     parser.add_argument("--seed", type=options.whole, default=0, metavar="N", help="default: %(default)s")
+    options.add_experts_dirs(parser, "an empty directory for its share of the experts")
     options.add_json(parser)
 
 
@@ -41,6 +42,7 @@ def execute(args: argparse.Namespace) -> int:
             bits=args.bits,
             router_skew=args.router_skew,
             seed=args.seed,
+            experts_dirs=args.experts_dirs,
             progress=progress,
         )
     if args.json:

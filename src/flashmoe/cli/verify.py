@@ -14,6 +14,7 @@ from flashmoe.types import format_size
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe verify`."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    options.add_experts_dirs(parser, options.MOVED_DIR)
     options.add_json(parser)
 
 
@@ -23,7 +24,7 @@ def execute(args: argparse.Namespace) -> int:
     from flashmoe.bundle.verify import verify
     from flashmoe.cli.progress import ProgressLine
 
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(args.bundle, args.experts_dirs)
     with ProgressLine("verifying") as progress:
         report = verify(bundle, progress)
     if args.json:

@@ -27,7 +27,8 @@ _BUNDLE_FILES = (MANIFEST_FILE, RESIDENT_FILE, JOURNAL_FILE)
 def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     """Facts about a bundle directory, a checkpoint directory or a config.json, ready for JSON.
 
-    Keys: kind (bundle | checkpoint | config), model_type, layers, attention_layers, hidden_size, vocab_size,
+    Keys: kind (bundle | checkpoint | config), experts_dirs (of a striped bundle only),
+    model_type, layers, attention_layers, hidden_size, vocab_size,
     experts, experts_per_token, expert_layers, codecs (label -> number of matrices), resident_nbytes,
     embedding_nbytes (an untied embedding, of which only rows are read; not part of resident_nbytes),
     expert_nbytes (all), record_nbytes (one expert, the largest), token_expert_nbytes (experts of one token), traffic
@@ -53,6 +54,7 @@ def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
     tensors = [(name, record.codec, record.shape) for name, record in manifest.tensors.items()]
     return {
         "kind": "bundle",
+        **({"experts_dirs": [str(one.resolve()) for one in bundle.experts_dirs]} if manifest.stripes else {}),
         **_model_facts(bundle.config),
         **_size_facts(
             tensors, [layer.ffn for layer in bundle.expert_layers], manifest.expert_count, bundle.config

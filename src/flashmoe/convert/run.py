@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,17 @@ from flashmoe.convert.plan import (
     scale_types_to_json,
 )
 from flashmoe.convert.sources import Sources
-from flashmoe.convert.units import Unit, experts_unit, layer_key, layer_record, resident_unit, tensor_records
-from flashmoe.convert.writing import UnitWriter, open_output
+from flashmoe.convert.units import (
+    RESIDENT_KEY,
+    Unit,
+    experts_units,
+    key_of_layer,
+    layer_key,
+    layer_record,
+    resident_unit,
+    tensor_records,
+)
+from flashmoe.convert.writing import Stripes, UnitWriter, open_output
 from flashmoe.errors import BundleError, CheckpointError
 
 VERBATIM_FILES = (
@@ -62,6 +72,7 @@ def convert(
     *,
     bits: int | None = None,
     consume_source: bool = False,
+    experts_dirs: Sequence[Path | str] = (),
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert the checkpoint directory ``src`` into a bundle at ``dst``; memory stays below about 1 GiB.
@@ -70,6 +81,7 @@ def convert(
     for floats.  Killed at any point, the same call goes on where it stopped and ends with the same bytes.
     ``consume_source`` deletes each shard once all its tensors are durably written: the source is lost, and
     with it the tensors that text generation does not use (vision, multi-token prediction).
+    ``experts_dirs`` share the routed experts instead of the bundle keeping them itself: one on each drive.
     Raises CheckpointError, ConfigError, BundleError or ReadError, one line each; dst is then no bundle.
     """
     src, dst = Path(src), Path(dst)
@@ -82,7 +94,8 @@ def convert(
     read_config(src)  # before dst is created
     journal = open_output(dst)
     try:
-        conversion = _Conversion(src, dst, journal, bits)
+        stripes = Stripes(dst, [Path(directory) for directory in experts_dirs], journal)
+        conversion = _Conversion(src, dst, journal, bits, stripes)
         return conversion.run(consume_source, progress)
     except BaseException:
         journal.remove_if_empty()
@@ -94,31 +107,44 @@ def convert(
 class _Conversion:
     """One run: its plan, and the files it consists of."""
 
-    def __init__(self, src: Path, dst: Path, journal: Journal, bits: int | None) -> None:
-        self._src, self._dst, self._journal, self._bits = src, dst, journal, bits
+    def __init__(self, src: Path, dst: Path, journal: Journal, bits: int | None, stripes: Stripes) -> None:
+        self._src, self._dst, self._journal, self._bits, self._stripes = src, dst, journal, bits, stripes
         self._resumed = journal.start is not None
         self._checkpoint, self._plan = self._resume() if self._resumed else self._begin()
         self._resident = resident_unit(self._plan.resident, self._plan.tied, self._item_bytes)
-        self._layers = {layer_key(item.layer): _layer_unit(item) for item in self._plan.experts}
+        stripes.link(self._expert_count)
+        self._layers = {
+            layer_key(item.layer): _layer_units(item, stripes.links) for item in self._plan.experts
+        }
 
     def run(self, consume: bool, progress: Progress | None) -> ConvertReport:
         sources = Sources(self._checkpoint, self._plan, consume)
-        units = [self._resident, *(self._layers[key] for key in sources.layer_order())]
-        total = sum(unit.nbytes for unit in units)
-        writer = UnitWriter(self._dst, self._journal, total, progress)
-        growth = sources.peak_growth({unit.key: writer.left(unit) for unit in units}, self._dst)
+        parts = {RESIDENT_KEY: [self._resident]} | {key: self._layers[key] for key in sources.layer_order()}
+        writer = UnitWriter(
+            self._dst, self._journal, [unit for units in parts.values() for unit in units], progress
+        )
+
+        def growth(left: Mapping[str, int], folder: Path) -> int:
+            of_layers = Counter[str]()
+            for key, nbytes in left.items():
+                of_layers[key_of_layer(key)] += nbytes
+            return sources.peak_growth(of_layers, folder)
+
         writer.check_space(growth, "free some, or let --consume-source delete the source as it is converted")
         deleted: list[Path] = []
-        for unit in units:
-            if not writer.skip_complete(unit):
-                sources.require(unit.key)
-                writer.write(unit)
-            deleted += sources.finished(unit.key)
-        write_manifest(self._dst, self._manifest())
+        for key, units in parts.items():
+            for unit in units:
+                if not writer.skip_complete(unit):
+                    sources.require(key)
+                    writer.write(unit)
+            deleted += sources.finished(key)
+        manifest = self._manifest()
+        self._stripes.write_marks(manifest)
+        write_manifest(self._dst, manifest)
         self._journal.remove()
         return ConvertReport(
             path=self._dst,
-            nbytes=total,
+            nbytes=writer.total,
             lossless=self._plan.lossless,
             note=self._plan.note,
             skipped=self._checkpoint.skipped,
@@ -137,6 +163,7 @@ class _Conversion:
                 "shards": {name: checkpoint.fingerprint(name) for name in checkpoint.headers},
                 "headers": {name: header_to_json(header) for name, header in checkpoint.headers.items()},
                 "scale_types": scale_types_to_json(plan.scale_types),
+                **self._stripes.start,
             }
         )
         return checkpoint, plan
@@ -174,30 +201,35 @@ class _Conversion:
     def _manifest(self) -> Manifest:
         plan, checkpoint = self._plan, self._checkpoint
         start = self._journal.start or {}
-        layers = [(item, self._hashes(layer_key(item.layer))) for item in plan.experts]
+        pieces, links = self._journal.pieces, self._stripes.links
         return Manifest(
             model_type=plan.model_type,
             source={"name": self._src.resolve().name, "kind": checkpoint.kind, "shards": start["shards"]},
             quantization_note=plan.note,
             lossless=plan.lossless,
             tensors=tensor_records(self._resident, plan.resident, self._hashes(self._resident.key)),
-            expert_count=plan.experts[0].count if plan.experts else 0,
-            experts=[layer_record(item.layer, item.layout, hashes) for item, hashes in layers],
+            expert_count=self._expert_count,
+            experts=[layer_record(item.layer, item.layout, pieces, len(links)) for item in plan.experts],
+            stripes=tuple(links),
             skipped=[
                 {"prefix": s.prefix, "tensors": s.tensors, "nbytes": s.nbytes} for s in checkpoint.skipped
             ],
             files=_copy_verbatim(self._src, self._dst),
         )
 
+    @property
+    def _expert_count(self) -> int:
+        return self._plan.experts[0].count if self._plan.experts else 0
+
     def _hashes(self, key: str) -> list[str]:
         return [digest for _, digest in self._journal.pieces(key)]
 
 
-def _layer_unit(item: ExpertsItem) -> Unit:
+def _layer_units(item: ExpertsItem, stripes: Sequence[str]) -> list[Unit]:
     def record(expert: int) -> U8:
         return encode_ffn(item.layout, item.parts(expert), item.gate_up, item.down)
 
-    return experts_unit(item.layer, item.count, item.layout, record)
+    return experts_units(item.layer, item.count, item.layout, record, stripes)
 
 
 def _copy_verbatim(src: Path, dst: Path) -> dict[str, FileRecord]:

@@ -47,12 +47,12 @@ class Sources:
         return [shard for shard in free if _delete(shard)]
 
     def peak_growth(self, left: Mapping[str, int], dst: Path) -> int:
-        """Most bytes by which the drive of ``dst`` fills up while ``left`` bytes of each file are written."""
+        """Most bytes by which the drive of ``dst`` fills up while ``left`` bytes of each layer are written to it."""
         grown = peak = 0
         seen: set[str] = set()
         gone: set[Path] = set()
         for key in (RESIDENT_KEY, *self.layer_order()):
-            grown += left[key]
+            grown += left.get(key, 0)
             peak = max(peak, grown)
             seen.add(key)
             if self._consume:

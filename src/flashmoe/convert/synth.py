@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from flashmoe.convert.synth_text import (
     tokenizer_json,
 )
 from flashmoe.convert.synth_weights import TilePool, router_tiles, vector_values
-from flashmoe.convert.units import Unit, experts_unit, layer_key, layer_record, resident_unit, tensor_records
-from flashmoe.convert.writing import UnitWriter, open_output
+from flashmoe.convert.units import Unit, experts_units, layer_record, resident_unit, tensor_records
+from flashmoe.convert.writing import Stripes, UnitWriter, open_output
 from flashmoe.errors import BundleError, ConfigError
 from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import find_family
@@ -53,6 +53,7 @@ def synth(
     bits: int = 4,
     router_skew: float = 0.0,
     seed: int = 0,
+    experts_dirs: Sequence[Path | str] = (),
     progress: Progress | None = None,
 ) -> SynthReport:
     """Write a bundle of random weights shaped by a real config.json; the same arguments give the same bytes.
@@ -60,6 +61,7 @@ def synth(
     ``layers`` keeps only that many leading layers; ``bits`` are those of routed experts (the rest has 4 bits,
     8 above 4, gates 8).  With ``router_skew`` S the r-th favourite expert of a layer is chosen about
     min(0.45, c * r**-S) of the time (0: evenly).  The tokenizer knows single bytes only.
+    ``experts_dirs`` share the routed experts, as for convert().
     Raises ConfigError or BundleError, one line each.
     """
     config_json, dst = Path(config_json), Path(dst)
@@ -73,14 +75,20 @@ def synth(
     journal = open_output(dst)
     try:
         options = {"synth": raw, "bits": bits, "router_skew": router_skew, "seed": seed}
-        return _Synthesis(raw, dst, journal, options).run(config_json.name, progress)
+        stripes = Stripes(dst, [Path(directory) for directory in experts_dirs], journal)
+        return _Synthesis(raw, dst, journal, options, stripes).run(config_json.name, progress)
+    except BaseException:
+        journal.remove_if_empty()
+        raise
     finally:
         journal.close()
 
 
 class _Synthesis:
-    def __init__(self, raw: dict[str, Any], dst: Path, journal: Journal, options: dict[str, Any]) -> None:
-        self._raw, self._dst, self._journal = raw, dst, journal
+    def __init__(
+        self, raw: dict[str, Any], dst: Path, journal: Journal, options: dict[str, Any], stripes: Stripes
+    ) -> None:
+        self._raw, self._dst, self._journal, self._stripes = raw, dst, journal, stripes
         self._skew, self._seed = float(options["router_skew"]), int(options["seed"])
         self._begin(options)
         self._config = Qwen35Config.from_dict(raw)
@@ -91,23 +99,25 @@ class _Synthesis:
 
     def run(self, source: str, progress: Progress | None) -> SynthReport:
         outline = self._outline
+        self._stripes.link(self._config.num_experts)
         resident = resident_unit(outline.resident, outline.tied, self._slot_bytes)
         layers = [self._layer_unit(layer, outline.ffn) for layer in outline.expert_layers]
-        units = [resident, *layers]
-        total = sum(unit.nbytes for unit in units)
-        writer = UnitWriter(self._dst, self._journal, total, progress)
-        writer.check_space(sum(writer.left(unit) for unit in units), "free some, or ask for fewer --layers")
+        units = [resident, *(unit for parts in layers for unit in parts)]
+        writer = UnitWriter(self._dst, self._journal, units, progress)
+        writer.check_space(lambda left, _: sum(left.values()), "free some, or ask for fewer --layers")
         for unit in units:
             if not writer.skip_complete(unit):
                 writer.write(unit)
-        write_manifest(self._dst, self._manifest(source, resident))
+        manifest = self._manifest(source, resident)
+        self._stripes.write_marks(manifest)
+        write_manifest(self._dst, manifest)
         self._journal.remove()
-        return SynthReport(self._dst, total, self._config.num_hidden_layers)
+        return SynthReport(self._dst, writer.total, self._config.num_hidden_layers)
 
     def _begin(self, options: dict[str, Any]) -> None:
         start = self._journal.start
         if start is None:
-            self._journal.begin(options)
+            self._journal.begin(options | self._stripes.start)
         elif {key: start.get(key) for key in options} != options:
             raise BundleError(
                 f"{self._dst} was begun with other options: repeat those to go on,"
@@ -137,11 +147,11 @@ class _Synthesis:
             yield from self._pool(codec, fan_in / 256).tiles(loud * groups, self._where(name))
         yield from self._pool(codec, fan_in).tiles((row_tiles - loud) * groups, self._where(name))
 
-    def _layer_unit(self, layer: int, layout: FfnLayout) -> Unit:
+    def _layer_unit(self, layer: int, layout: FfnLayout) -> list[Unit]:
         def record(expert: int) -> U8:
             return self._record(layout, self._where(f"{layer}.{expert}"))
 
-        return experts_unit(layer, self._config.num_experts, layout, record)
+        return experts_units(layer, self._config.num_experts, layout, record, self._stripes.links)
 
     def _record(self, layout: FfnLayout, where: int) -> U8:
         """Tiles are interchangeable here, so gate and up need no interleaving."""
@@ -182,10 +192,11 @@ class _Synthesis:
             tensors=tensor_records(resident, outline.resident, [h for _, h in pieces(resident.key)]),
             expert_count=self._config.num_experts,
             experts=[
-                layer_record(layer, outline.ffn, [h for _, h in pieces(layer_key(layer))])
+                layer_record(layer, outline.ffn, pieces, len(self._stripes.links))
                 for layer in outline.expert_layers
             ],
             files=self._write_text_files(),
+            stripes=tuple(self._stripes.links),
         )
 
     def _write_text_files(self) -> dict[str, FileRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -79,8 +80,31 @@ def resident_unit(slots: Sequence[S], tied: bool, make: Callable[[S], Iterator[U
     return Unit(RESIDENT_KEY, RESIDENT_FILE, len(layout.entries) + 1, layout.nbytes, piece)
 
 
-def experts_unit(layer: int, count: int, layout: FfnLayout, make: Callable[[int], U8]) -> Unit:
-    """One layer's experts file; ``make`` makes the layout.nbytes bytes of a record."""
+def experts_units(
+    layer: int, count: int, layout: FfnLayout, make: Callable[[int], U8], stripes: Sequence[str] = ()
+) -> list[Unit]:
+    """A layer's experts: one file, or one in each of the stripes (docs/format.md, section 8)."""
+    if not stripes:
+        return [_experts_unit(layer_key(layer), _experts_file(layer), range(count), layout, make)]
+    name = Path(_experts_file(layer)).name
+    return [
+        _experts_unit(stripe_key(layer, i), f"{stripe}/{name}", range(i, count, len(stripes)), layout, make)
+        for i, stripe in enumerate(stripes)
+    ]
+
+
+def stripe_key(layer: int, stripe: int) -> str:
+    """The key of a stripe's experts file of a layer."""
+    return f"{layer_key(layer)}.{stripe}"
+
+
+def key_of_layer(key: str) -> str:
+    """The key of the layer that a file belongs to; other keys stay what they are."""
+    return key.partition(".")[0]
+
+
+def _experts_unit(key: str, file: str, experts: range, layout: FfnLayout, make: Callable[[int], U8]) -> Unit:
+    """A file of experts; ``make`` makes the layout.nbytes bytes of a record."""
     record_nbytes = layout.record_nbytes
     padding = np.zeros(record_nbytes - layout.nbytes, np.uint8)
 
@@ -88,10 +112,11 @@ def experts_unit(layer: int, count: int, layout: FfnLayout, make: Callable[[int]
         yield make(expert)
         yield padding
 
-    def piece(expert: int) -> Piece:
+    def piece(index: int) -> Piece:
+        expert = experts[index]
         return Piece(f"expert {expert}", record_nbytes, lambda: chunks(expert))
 
-    return Unit(layer_key(layer), _experts_file(layer), count, count * record_nbytes, piece)
+    return Unit(key, file, len(experts), len(experts) * record_nbytes, piece)
 
 
 def tensor_records(unit: Unit, slots: Sequence[Slot], hashes: Sequence[str]) -> dict[str, TensorRecord]:
@@ -100,9 +125,18 @@ def tensor_records(unit: Unit, slots: Sequence[Slot], hashes: Sequence[str]) -> 
     return {slot.name: TensorRecord(slot.codec, tuple(slot.shape), by_name[slot.name]) for slot in slots}
 
 
-def layer_record(layer: int, layout: FfnLayout, hashes: Sequence[str]) -> LayerRecord:
-    """The manifest's entry of a finished experts file."""
-    return LayerRecord(layer, _experts_file(layer), layout.record_nbytes, layout, tuple(hashes))
+def layer_record(
+    layer: int, layout: FfnLayout, pieces: Callable[[str], Sequence[tuple[int, str]]], stripes: int = 0
+) -> LayerRecord:
+    """The manifest's entry of a layer whose files are finished; ``pieces``: (bytes, hash) of those of a key."""
+    keys = [stripe_key(layer, i) for i in range(stripes)] or [layer_key(layer)]
+    parts = [[digest for _, digest in pieces(key)] for key in keys]
+    hashes = [""] * sum(map(len, parts))
+    for i, part in enumerate(parts):
+        hashes[i :: len(parts)] = part
+    file = _experts_file(layer)
+    name = Path(file).name if stripes else file
+    return LayerRecord(layer, name, layout.record_nbytes, layout, tuple(hashes))
 
 
 def _experts_file(layer: int) -> str:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from flashmoe.bundle.codecs import U8
-from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE
+from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, Manifest
 from flashmoe.bundle.progress import Progress
+from flashmoe.bundle.stripes import (
+    LINK_FOLDERS,
+    check_count,
+    link_directories,
+    marks_of,
+    take_directories,
+    write_mark,
+)
 from flashmoe.bundle.writer import PartialFile
 from flashmoe.convert.journal import Journal, PieceRecord
 from flashmoe.convert.units import Piece, Unit
@@ -42,26 +50,66 @@ def open_output(dst: Path) -> Journal:
     return Journal(journal)
 
 
-class UnitWriter:
-    """Writes units into ``dst``; ``total`` is the bytes of all of them, for the progress."""
+class Stripes:
+    """Directories for the experts of a new bundle; ``links``: their names in it, none when it keeps them itself."""
 
-    def __init__(self, dst: Path, journal: Journal, total: int, progress: Progress | None) -> None:
-        self._dst, self._journal, self._total, self._progress = dst, journal, total, progress
+    def __init__(self, dst: Path, given: Sequence[Path], journal: Journal) -> None:
+        """Take the directories, or find that an interrupted run has taken the same ones.  Raises BundleError.
+
+        ``start`` belongs to the journal's beginning; link() comes after it.
+        """
+        self._dst = dst
+        names = [str(directory.absolute()) for directory in given]
+        if journal.start is not None and journal.start.get("experts_dirs", []) != names:
+            raise BundleError(
+                f"{dst} was begun with other --experts-dir: repeat those to go on, or delete it to start afresh"
+            )
+        self.directories = take_directories(given, begun=journal.start is not None)
+        self.links: Sequence[str] = ()
+        self.start = {"experts_dirs": names} if names else {}
+
+    def link(self, experts: int) -> None:
+        """Make ``links``, for layers of so many experts."""
+        check_count(len(self.directories), experts)
+        if self.directories:
+            self.links = link_directories(self._dst, LINK_FOLDERS[0], self.directories)
+
+    def write_marks(self, manifest: Manifest) -> None:
+        """Say in each directory what it holds, before the manifest names it."""
+        for mark, directory in zip(marks_of(manifest, len(self.links)), self.directories, strict=True):
+            write_mark(directory, mark)
+
+
+class UnitWriter:
+    """Writes units into ``dst``."""
+
+    def __init__(self, dst: Path, journal: Journal, units: Sequence[Unit], progress: Progress | None) -> None:
+        self._dst, self._journal, self._units, self._progress = dst, journal, units, progress
+        self.total = sum(unit.nbytes for unit in units)
         self._done = 0
 
     def left(self, unit: Unit) -> int:
         """Bytes of a unit that are not durably written yet."""
         return unit.nbytes - sum(nbytes for nbytes, _ in self._journal.pieces(unit.key))
 
-    def check_space(self, needed: int, remedy: str) -> None:
-        """Raise BundleError when the drive has less than ``needed`` bytes free, and a few to spare."""
-        needed += _SPARE_NBYTES
-        free = shutil.disk_usage(self._dst).free
-        if free < needed:
-            raise BundleError(
-                f"{self._dst} needs {format_size(needed)} more, the drive has"
-                f" {format_size(free)} free: {remedy}"
-            )
+    def check_space(self, growth: Callable[[Mapping[str, int], Path], int], remedy: str) -> None:
+        """Raise BundleError when a drive lacks the bytes by which it will grow, and a few to spare.
+
+        growth: called for each drive with the bytes that are left of each unit on it, and a directory there.
+        """
+        drives: dict[int, tuple[Path, dict[str, int]]] = {}
+        for unit in self._units:
+            folder = next(place for place in (self._dst / unit.file).parents if place.exists())
+            _, left = drives.setdefault(folder.stat().st_dev, (folder.resolve(), {}))
+            left[unit.key] = self.left(unit)
+        for folder, left in drives.values():
+            needed = growth(left, folder) + _SPARE_NBYTES
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise BundleError(
+                    f"{folder} needs {format_size(needed)} more, the drive has"
+                    f" {format_size(free)} free: {remedy}"
+                )
 
     def skip_complete(self, unit: Unit) -> bool:
         """True (and counted as done) when the unit's file is there, whole, under its final name."""
@@ -103,7 +151,7 @@ class UnitWriter:
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._done, self.total)
 
 
 def _made(unit: Unit, first: int) -> Iterator[tuple[Piece, Iterable[U8]]]:

@@ -20,7 +20,7 @@ _MEMORY_PROBE_NBYTES = 256 << 20
 def measure_drive(reader: ExpertReader, arena: SlotArena, files: list[tuple[int, int, int]]) -> float:
     """Bytes per second of whole-record reads at full queue depth into a still empty arena.
 
-    files: (file index, records, bytes of a record) of each layer; reads are spread over them.
+    files: (file index, records, bytes of a record) of each file of experts; reads are spread over them.
     """
     if not files:
         return float("inf")

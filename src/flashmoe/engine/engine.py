@@ -46,6 +46,7 @@ class EngineOptions:
     prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
     verify_reads: compare resident tensors and expert records with their checksums as they are read.
     logit_rows: tokens of one feed() of which the logits are wanted; the memory plan counts them.
+    experts_dirs: of a striped bundle, directories that are not where its links lead.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -63,6 +64,7 @@ class EngineOptions:
     prefix_cache_bytes: int = 0
     lookahead: str = "auto"
     logit_rows: int = 1
+    experts_dirs: tuple[Path, ...] = ()
 
 
 @dataclass

@@ -23,7 +23,7 @@ from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies import LayeredLru
-from flashmoe.store.reader import NativeReader
+from flashmoe.store.reader import MOST_IN_FLIGHT, NativeReader
 from flashmoe.store.slots import SlotArena
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # A context nobody asked for should not take memory from the experts: 8,192 tokens of the 35B are 160 MiB.
 DEFAULT_CONTEXT = 8192
-QUEUE_DEPTH = 8
+QUEUE_DEPTH = 8  # reads in flight for each directory of experts
 MAX_SEQUENCES = 16  # decoded together: the tokens of the smallest step that every memory plan has room for
 _IO_MODES = {"auto": "auto", "direct": "on", "buffered": "off"}
 
@@ -57,7 +57,7 @@ class Parts:
 
 def load(path: Path, options: EngineOptions) -> Parts:
     """Open, plan, read the resident weights, build the model.  Raises only FlashmoeError subclasses."""
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, options.experts_dirs)
     family = find_family(bundle.config)
     config = _config(family, bundle, options)
     check_fit(bundle, family, config)
@@ -82,13 +82,14 @@ def load(path: Path, options: EngineOptions) -> Parts:
         logit_rows=options.logit_rows,
     )
     plan = memory.make_plan(demand, options.memory_bytes, options.prefill_chunk, options.expert_slots)
-    files = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
-    reader = NativeReader(files, direct=_IO_MODES[options.io], queue_depth=QUEUE_DEPTH)
+    reader = NativeReader(
+        reader_files(bundle),
+        direct=_IO_MODES[options.io],
+        queue_depth=min(QUEUE_DEPTH * len(bundle.experts_dirs), MOST_IN_FLIGHT),
+    )
     arena = SlotArena(plan.slots, plan.record_nbytes)
     layers = bundle.expert_layers
-    drive = measure_drive(
-        reader, arena, [(i + 1, layer.count, layer.record_nbytes) for i, layer in enumerate(layers)]
-    )
+    drive = measure_drive(reader, arena, _expert_files(bundle))
     weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident, options.verify_reads)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
     decoder = family.decoder_class()
@@ -107,6 +108,21 @@ def load(path: Path, options: EngineOptions) -> Parts:
     token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
     return Parts(bundle, plan, ops, reader, weights, cache, experts, model, states, drive, token_nbytes)
+
+
+def reader_files(bundle: Bundle) -> list[Path]:
+    """The files of a reader, by index: the resident weights, then each layer's experts, stripe by stripe."""
+    return [bundle.resident_path, *(path for layer in bundle.expert_layers for path in layer.paths)]
+
+
+def _expert_files(bundle: Bundle) -> list[tuple[int, int, int]]:
+    """(index in reader_files, records, bytes of a record); neighbours lie in different directories."""
+    stripes = len(bundle.experts_dirs)
+    return [
+        (1 + i * stripes + stripe, layer.records(stripe), layer.record_nbytes)
+        for i, layer in enumerate(bundle.expert_layers)
+        for stripe in range(stripes)
+    ]
 
 
 def model_demand(
@@ -184,9 +200,8 @@ def _cache(
     bundle: Bundle, reader: NativeReader, arena: SlotArena, per_token: int, verify: bool
 ) -> ExpertCache:
     layers = bundle.expert_layers
-    files: dict[int, tuple[int, int]] = {
-        layer.layer: (i + 1, layer.record_nbytes) for i, layer in enumerate(layers)
-    }
+    stripes = len(bundle.experts_dirs)
+    files = {layer.layer: (1 + i * stripes, layer.record_nbytes, stripes) for i, layer in enumerate(layers)}
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
     policy = LayeredLru()
     return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import xxhash
 
@@ -26,6 +26,14 @@ _STAGING_SHARE = 16
 _MAX_STAGING = 128
 
 
+class _Place(NamedTuple):
+    """Where a layer's records are, see ExpertCache."""
+
+    first_file: int
+    nbytes: int
+    files: int = 1
+
+
 class ExpertCache:
     """Experts of all layers in one pool of slots.
 
@@ -39,13 +47,14 @@ class ExpertCache:
         reader: ExpertReader,
         arena: SlotArena,
         policy: Policy,
-        layers: Mapping[int, tuple[int, int]],
+        layers: Mapping[int, tuple[int, ...]],
         *,
         experts_per_token: int,
         checksums: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
-        """layers: layer -> (file index, bytes of a record); checksums: xxh3 (hex) of each layer's records.
+        """layers: layer -> (file index, bytes of a record[, S]); checksums: xxh3 (hex) of each layer's records.
 
+        S files from that index on share a layer's experts: e is record e // S of the (e % S)-th; 1 when left out.
         With checksums every record is verified after its read.  Raises BudgetError when the pool is too small.
         """
         if layers and arena.count < self.min_slots(experts_per_token):
@@ -55,7 +64,8 @@ class ExpertCache:
             )
         self.experts_per_token = experts_per_token
         self._reader, self._arena, self._policy = reader, arena, policy
-        self._layers, self._checksums = dict(layers), checksums
+        self._layers = {layer: _Place(*place) for layer, place in layers.items()}
+        self._checksums = checksums
         self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
         self._staging: list[int] = []
         self._foreseen: dict[
@@ -292,7 +302,7 @@ class ExpertCache:
         for slot in mine:
             del self._foreseen[slot]
         self._layer_stats[layer].foreseen += len(mine)
-        self._wasted -= len(mine) * self._layers[layer][1]
+        self._wasted -= len(mine) * self._layers[layer].nbytes
         return mine
 
     def _claim_arrived(self, layer: int, experts: set[int]) -> dict[int, int]:
@@ -305,7 +315,7 @@ class ExpertCache:
                 self._staging.append(slot)
         self._arrived.clear()
         self._layer_stats[layer].foreseen += len(mine)
-        self._wasted -= len(mine) * self._layers[layer][1]
+        self._wasted -= len(mine) * self._layers[layer].nbytes
         return mine
 
     def _foresee(self, layer: int, experts: Sequence[int], using: int, keep: set[int]) -> None:
@@ -321,7 +331,7 @@ class ExpertCache:
 
     def _submit_ahead(self, layer: int, expert: int, slot: int) -> None:
         self._foreseen[slot] = (layer, expert)
-        self._wasted += self._layers[layer][1]
+        self._wasted += self._layers[layer].nbytes
         self._submit(layer, expert, slot)
 
     def _make_room(self, slots: int) -> None:
@@ -364,17 +374,19 @@ class ExpertCache:
     def _damage(self, layer: int, expert: int, slot: int) -> str:
         if self._checksums is None:
             return ""
-        nbytes = self._layers[layer][1]
+        nbytes = self._layers[layer].nbytes
         start = slot * self._arena.record_nbytes
         digest = xxhash.xxh3_64_hexdigest(self._arena.buffer.array()[start : start + nbytes].data)
         return "" if digest == self._checksums[layer][expert] else "its record: the checksum does not match"
 
     def _submit(self, layer: int, expert: int, slot: int) -> None:
-        file, nbytes = self._layers[layer]
+        first, nbytes, files = self._layers[layer]
+        turn, stripe = divmod(expert, files)
         self._nbytes += nbytes
         self._queue.change(1)
         self._reader.submit(
-            (file, expert * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes), slot
+            (first + stripe, turn * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes),
+            slot,
         )
 
     def _take(self, layer: int, keep: set[int]) -> int | None:

@@ -15,6 +15,7 @@ __all__ = ["AlignedBuffer", "ExpertReader", "NativeReader", "Read"]
 # (file index, offset, bytes, buffer, offset in the buffer); offsets are multiples of 4096.
 Read = tuple[int, int, int, AlignedBuffer, int]
 
+MOST_IN_FLIGHT = 256  # whatever the queue depth
 _BULK_TAG = 1 << 62  # of read_many's pieces: no number that a caller uses
 _PIECE = 8 << 20  # large reads are cut into pieces that keep all I/O threads busy
 
@@ -94,11 +95,11 @@ class BulkReads:
 
 
 class NativeReader(BulkReads):
-    """Direct reads by io_uring or a pool of threads (native/io/).
+    """Direct reads by a pool of threads or io_uring (native/io/).
 
     direct: "auto" falls back to buffered reads, with `reason` saying why; "on" insists; "off".  Buffered reads drop
     their pages from the page cache at once, so that it stays out of the memory budget.
-    engine: "uring", "threads", or "auto", with `engine_reason` saying why that one (docs/decisions/007-reader.md).
+    engine: "threads", which "auto" is, or "uring"; `engine_reason` says why that one (docs/decisions/007-reader.md).
     queue_depth: most reads in flight, 1 to 256.
     Thread-safe apart from read_many and read_into.  Raises ReadError when a file cannot be opened, or when the
     engine asked for is refused.

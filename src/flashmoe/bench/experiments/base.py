@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flashmoe.engine.experts import StreamedExperts
-from flashmoe.engine.loading import QUEUE_DEPTH, Parts
+from flashmoe.engine.loading import QUEUE_DEPTH, Parts, reader_files
 from flashmoe.errors import FlashmoeError
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies import LayeredLru
@@ -46,7 +46,7 @@ class Plain:
 
 def reader_paths(parts: Parts) -> list[Path]:
     """The files that the numbers in a Read stand for: the resident weights, then each layer's experts."""
-    return [parts.bundle.resident_path, *(layer.path for layer in parts.bundle.expert_layers)]
+    return reader_files(parts.bundle)
 
 
 def expert_paths(parts: Parts) -> list[Path]:
@@ -54,10 +54,10 @@ def expert_paths(parts: Parts) -> list[Path]:
     return reader_paths(parts)[1:]
 
 
-def native_reader(parts: Parts, queue_depth: int = QUEUE_DEPTH) -> NativeReader:
+def native_reader(parts: Parts, queue_depth: int = QUEUE_DEPTH, engine: str = "auto") -> NativeReader:
     """A second reader over the same files, in the mode of the engine's own."""
     direct = "on" if parts.reader.mode == "direct" else "off"
-    return NativeReader(reader_paths(parts), direct, queue_depth=queue_depth)
+    return NativeReader(reader_paths(parts), direct, engine, queue_depth)
 
 
 def exchange(

@@ -60,6 +60,7 @@ EXPERIMENTS = (
     Experiment("temporal", "read ahead what the previous token used", "prediction:install", "temporal"),
     Experiment("lookahead-off", "nothing is read ahead", "prediction:install", "off"),
     Experiment("lookahead-on", "always read ahead by the next router", "prediction:install", "on"),
+    Experiment("uring", "one io_uring instead of a pool of threads in pread", "reads:install_uring"),
     Experiment("split", "gate_up and down as two reads", "reads:install_split"),
     *(
         Experiment(

@@ -19,6 +19,7 @@ from flashmoe.bench.experiments.compressed import write_copy
 from flashmoe.bench.measure import spread
 from flashmoe.bench.process import run_module
 from flashmoe.bundle.reader import Bundle
+from flashmoe.engine.loading import reader_files
 from flashmoe.engine.tokenizer import TextTokenizer
 from flashmoe.errors import ConfigError, FlashmoeError
 
@@ -161,8 +162,7 @@ def _prepared(
     default = replace(default, ids=default.ids[:count], warm=warm)
     with tempfile.TemporaryDirectory(prefix="flashmoe-experiments-", dir=options.scratch) as folder:
         progress(f"{experiment.name}, compressing")
-        bundle = Bundle.open(options.bundle)
-        paths = [bundle.resident_path, *(layer.path for layer in bundle.expert_layers)]
+        paths = reader_files(Bundle.open(options.bundle))
         places = [tuple(place) for place in reference["places"][: reference["places_ends"][count - 1]]]
         write_copy(paths, places, experiment.codec, Path(folder))
         yield default, replace(default, experiment=experiment.name, scratch=folder)

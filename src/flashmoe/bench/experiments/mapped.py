@@ -65,6 +65,8 @@ class MappedRecords:
         self.experts_per_token = parts.cache.experts_per_token
         self._advise = advise
         self._pool = ThreadPoolExecutor(QUEUE_DEPTH)
+        if len(parts.bundle.experts_dirs) > 1:
+            raise UnavailableError("experts in several directories are not one mapping: try another bundle")
         self._maps = {layer.layer: _map(layer.path) for layer in parts.bundle.expert_layers}
         self._nbytes = {layer.layer: layer.record_nbytes for layer in parts.bundle.expert_layers}
         self._addresses = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.bench.experiments.base import Plain, Variant, exchange, native_reader
+from flashmoe.bench.experiments.base import Plain, UnavailableError, Variant, exchange, native_reader
 from flashmoe.engine.loading import Parts
+from flashmoe.errors import ReadError
 from flashmoe.store.reader import BulkReads, NativeReader, Read
 
 _BLOCK = 4096
@@ -50,6 +51,16 @@ def install_split(parts: Parts, setting: str, scratch: Path | None) -> Variant:
     inner = native_reader(parts)
     exchange(parts, reader=SplitReader(inner, cuts))
     return Plain(inner)
+
+
+def install_uring(parts: Parts, setting: str, scratch: Path | None) -> Variant:
+    """As many reads in one io_uring as the default has threads in pread(2)."""
+    try:
+        reader = native_reader(parts, engine="uring")
+    except ReadError as error:
+        raise UnavailableError(str(error)) from error
+    exchange(parts, reader=reader)
+    return Plain(reader)
 
 
 def install_depth(parts: Parts, setting: str, scratch: Path | None) -> Variant:
