@@ -249,6 +249,7 @@ def usage_of(done: list[Done]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": done[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning_tokens for one in done)},
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flashmoe.chat.dialects import Event, PlainParser, TextDelta, detect
+from flashmoe.chat.dialects import Event, PlainParser, ReasoningDelta, TextDelta, detect
 from flashmoe.chat.dialects.base import Dialect, EventParser
 from flashmoe.chat.llm import LLM
 from flashmoe.chat.messages import Message
@@ -55,13 +55,17 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer's end: "stop", "length", or "cancelled"; what stopped it, and counts of tokens."""
+    """The answer's end: "stop", "length", or "cancelled"; what stopped it, and counts of tokens.
+
+    reasoning_tokens: those of the completion that were reasoning, its end marker with them.
+    """
 
     reason: str
     stop_text: str | None
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Service:
@@ -171,7 +175,8 @@ class Service:
         self, prompt: Prompt, params: SamplingParams, events: asyncio.Queue[Token | Finished], job: Job
     ) -> AsyncGenerator[Event | TokenText | Done, None]:
         """The events of a job until its end."""
-        text = _AnswerText(self.llm.tokenizer.decoder(not prompt.parse), params.stop, self._parser(prompt))
+        decoder, parser = self.llm.tokenizer.decoder(not prompt.parse), self._parser(prompt)
+        text = _AnswerText(decoder, params.stop, parser, prompt.reasoning_open)
         while True:
             event = await events.get()
             if isinstance(event, Finished):
@@ -190,7 +195,7 @@ class Service:
             yield piece
         reason = event.reason if text.stopped is None else "stop"
         counts = event.prompt_tokens, event.cached_tokens, event.completion_tokens
-        yield Done(reason, text.stopped, *counts)
+        yield Done(reason, text.stopped, *counts, text.reasoning_tokens)
 
     def _render(
         self,
@@ -254,8 +259,11 @@ class Service:
 class _AnswerText:
     """Tokens to text, to what comes before a stop string, to the dialect's events."""
 
-    def __init__(self, decoder: TextDecoder, stops: Sequence[str], parser: EventParser) -> None:
+    def __init__(
+        self, decoder: TextDecoder, stops: Sequence[str], parser: EventParser, reasoning: bool
+    ) -> None:
         self._decoder, self._stops, self._parser = decoder, StopStrings(stops), parser
+        self._reasoning, self.reasoning_tokens = reasoning, 0
 
     @property
     def stopped(self) -> str | None:
@@ -268,7 +276,11 @@ class _AnswerText:
 
     def push(self, token_id: int) -> list[Event]:
         text, _ = self._stops.push(self._decoder.push(token_id))
-        return self._parser.push(text) if text else []
+        events = self._parser.push(text) if text else []
+        self.reasoning_tokens += self._reasoning  # the marker that ends it is a part of it
+        if events:
+            self._reasoning = isinstance(events[-1], ReasoningDelta)
+        return events
 
     def finish(self) -> list[Event]:
         events = []
