@@ -26,7 +26,7 @@ from flashmoe.server.responses_types import (
     tools_of,
     variables_of,
 )
-from flashmoe.server.service import Done, Prompt, Service
+from flashmoe.server.service import Began, Done, Prompt, Service
 from flashmoe.server.streaming import Events, event_stream, named, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -147,13 +147,12 @@ class _Answer:
 
     async def stream(self) -> Events:
         """Its events; the last one carries the finished response."""
-        ask, began = self._ask, False
+        ask = self._ask
         logprobs = ask.request.wanted_logprobs
         answer = self._service.answer(ask.prompt, ask.params, ask.structured, logprobs)
         try:
             async for event in answer:
-                if not began:  # only now is it certain that the answer can begin
-                    began = True
+                if isinstance(event, Began):  # only now is it certain that the answer can begin
                     for kind in ("created", "in_progress"):
                         yield self._event(
                             {"type": f"response.{kind}", "response": self._frame("in_progress")}
@@ -168,7 +167,8 @@ class _Answer:
 
     def failed(self, error: FlashmoeError) -> bytes:
         """The last event of a response that went wrong after it had begun."""
-        response = self._frame("failed") | {"error": _server_error(" ".join(str(error).split()))}
+        cause = {"code": "server_error", "message": " ".join(str(error).split())}
+        response = self._frame("failed") | {"error": cause}
         return self._event({"type": "response.failed", "response": response})
 
     def _event(self, change: dict[str, Any]) -> bytes:
@@ -176,14 +176,12 @@ class _Answer:
         return named(change | {"sequence_number": self._sequence - 1})
 
     def _finished(self, done: Done) -> dict[str, Any]:
-        status = {"stop": "completed", "length": "incomplete"}.get(done.reason, "failed")
+        status = "completed" if done.reason == "stop" else "incomplete"
         response = self._frame(status) | {"usage": _usage(done)}
         if status == "completed":
             response["completed_at"] = int(time.time())
-        elif status == "incomplete":
-            response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
-            response["error"] = _server_error("the server is ending, and the answer with it")
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
         if response["store"]:
             self._store.put(response, self._ask.before, self._ask.items)
         return response
@@ -217,10 +215,6 @@ class _Answer:
             "truncation": "disabled",
             "usage": None,
         }
-
-
-def _server_error(message: str) -> dict[str, str]:
-    return {"code": "server_error", "message": message}
 
 
 def _usage(done: Done) -> dict[str, Any]:

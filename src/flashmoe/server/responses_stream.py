@@ -6,7 +6,6 @@ import uuid
 from typing import Any
 
 from flashmoe.chat.dialects import (
-    Event,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -14,7 +13,7 @@ from flashmoe.chat.dialects import (
     ToolCallStart,
 )
 from flashmoe.server.openai_chat import logprob_entry
-from flashmoe.server.service import Done, TokenText
+from flashmoe.server.service import AnswerEvent, Done, TokenText
 
 Change = dict[str, Any]
 
@@ -33,7 +32,7 @@ class Output:
         self._logprobs: list[dict[str, Any]] | None = [] if logprobs else None  # of text that is to come
         self._is_open = False
 
-    def changes(self, event: Event | TokenText | Done) -> list[Change]:
+    def changes(self, event: AnswerEvent) -> list[Change]:
         """What the event changes, as events without their sequence numbers."""
         if isinstance(event, TextDelta | ReasoningDelta):
             kind = "message" if isinstance(event, TextDelta) else "reasoning"

@@ -21,7 +21,7 @@ from flashmoe.engine.jobs import Finished, Generation, Token
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.scheduler import Job, Scheduler
 from flashmoe.engine.tokenizer import TextDecoder
-from flashmoe.errors import FlashmoeError, PromptError
+from flashmoe.errors import BusyError, FlashmoeError, PromptError
 from flashmoe.server.tool_choice import strict_tools
 
 _RENDER_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt"}
@@ -54,8 +54,13 @@ class TokenText:
 
 
 @dataclass(frozen=True)
+class Began:
+    """The first event: the request has been accepted, though it may have to wait, and its prompt be long."""
+
+
+@dataclass(frozen=True)
 class Done:
-    """The answer's end: "stop", "length", or "cancelled"; what stopped it, and counts of tokens.
+    """The answer's end: "stop" or "length"; what stopped it, and counts of tokens.
 
     reasoning_tokens: those of the completion that were reasoning, its end marker with them.
     """
@@ -66,6 +71,9 @@ class Done:
     cached_tokens: int
     completion_tokens: int
     reasoning_tokens: int = 0
+
+
+AnswerEvent = Began | Event | TokenText | Done
 
 
 class Service:
@@ -143,10 +151,11 @@ class Service:
         params: SamplingParams,
         structured: StructuredOutput | None = None,
         top_logprobs: int | None = None,
-    ) -> AsyncGenerator[Event | TokenText | Done, None]:
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """The answer as it comes; closing the iterator cancels it.
 
-        Raises PromptError, StructureError or BusyError before the first event, ReadError and StructureError later.
+        Raises PromptError, StructureError or BusyError before the first event; ReadError, StructureError, and
+        BusyError when the server ends, later.
         """
         if top_logprobs is not None:
             await asyncio.to_thread(lambda: self._token_bytes)  # 0.5 s for a large vocabulary, once
@@ -166,6 +175,7 @@ class Service:
         generation = Generation(prompt.ids, params, stops, constraint, top_logprobs, prompt.snapshot_at)
         job = self.scheduler.submit(generation, deliver)
         try:
+            yield Began()
             async for event in self._follow(prompt, params, events, job):
                 yield event
         finally:
@@ -173,7 +183,7 @@ class Service:
 
     async def _follow(
         self, prompt: Prompt, params: SamplingParams, events: asyncio.Queue[Token | Finished], job: Job
-    ) -> AsyncGenerator[Event | TokenText | Done, None]:
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """The events of a job until its end."""
         decoder, parser = self.llm.tokenizer.decoder(not prompt.parse), self._parser(prompt)
         text = _AnswerText(decoder, params.stop, parser, prompt.reasoning_open)
@@ -191,6 +201,8 @@ class Service:
                 job.cancel()
         if event.error is not None:
             raise event.error
+        if event.reason == "cancelled" and text.stopped is None:  # not by us: by the scheduler's end
+            raise BusyError("the server is shutting down, and the answer is not finished: try another one")
         for piece in text.finish():
             yield piece
         reason = event.reason if text.stopped is None else "stop"
