@@ -83,18 +83,21 @@ STREAMS: Any = {
 
 def test_streams_and_those_who_wait_finish_too(demo_bundle: Path) -> None:
     """Twelve clients of three APIs on two places."""
+    accepted = threading.Barrier(12 + 1)
     with serving(demo_bundle, "--parallel", "2") as (process, url):
 
         def ask(path: str) -> tuple[str, list[str]]:
             given = STREAMS[path][0] | {"stream": True}
             with httpx.stream("POST", url + path, json=given, timeout=60) as answer:
+                accepted.wait(60)  # a stream begins when its request is accepted
                 assert answer.status_code == 200
                 return path, [line for line in answer.iter_lines() if line]
 
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(ask, path) for path in list(STREAMS) * 4]
-            while (state := httpx.get(url + "/health").json())["running"] + state["waiting"] < 10:
-                time.sleep(0.01)
+            accepted.wait(60)
+            state = httpx.get(url + "/health").json()
+            assert (state["running"], state["waiting"] > 0) == (2, True)
             process.send_signal(signal.SIGTERM)
             for path, lines in [answer.result() for answer in answers]:
                 end = [line for line in lines if line.startswith(STREAMS[path][1])]
