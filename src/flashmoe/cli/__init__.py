@@ -32,6 +32,7 @@ COMMANDS = {
 BENCHES = {
     "stream": "bench_stream",
     "io-experiments": "bench_io_experiments",
+    "serve": "bench_serve",
 }
 
 EXIT_ERROR = 1
