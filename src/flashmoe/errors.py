@@ -57,8 +57,8 @@ class StructureError(FlashmoeError):
 
 
 class RequestError(FlashmoeError):
-    """A request that says what is not possible; param: the field."""
+    """A request that says what is not possible; param: the field; code: a word for it that clients know."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -146,17 +147,63 @@ def test_a_client_that_leaves_frees_its_place(server: Running, client: httpx.Cli
     assert server.service.scheduler.stats().finished["cancelled"] == before + 2
 
 
-def test_a_slow_reader_delays_nobody(server: Running, client: httpx.Client) -> None:
-    body = json.dumps(CHAT | {"max_tokens": 300, "stream": True}).encode()
+def raw_request(server: Running, body: dict[str, Any]) -> socket.socket:
+    """A connection that has sent a request and has read nothing."""
+    content = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect((host, int(port)))
-        slow.sendall(head.encode() + body)  # and reads nothing for now
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_is_killed_while_it_waits(server: Running, client: httpx.Client, stream: bool) -> None:
+    stats = server.service.scheduler.stats
+    long = CHAT | {"max_tokens": 1800, "stream": True, "temperature": 1.0}
+    busy = [raw_request(server, long) for _ in range(3)]
+    wait_for(lambda: stats().running == 3)
+    waiting = raw_request(server, CHAT | {"stream": stream})
+    wait_for(lambda: stats().waiting == 1)
+    # As the kernel does for a killed process with unread data: a reset instead of an orderly end.
+    waiting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    waiting.close()
+    wait_for(lambda: stats().waiting == 0)
+    assert stats().running == 3, "nobody had to finish for that"
+    for connection in busy:
+        connection.close()
+    server.wait_until_idle()
+
+
+def test_a_stream_begins_before_its_first_token(server: Running, client: httpx.Client) -> None:
+    stats = server.service.scheduler.stats
+    busy = [raw_request(server, CHAT | {"max_tokens": 1800, "stream": True}) for _ in range(3)]
+    wait_for(lambda: stats().running == 3)
+    for path, more in (("chat/completions", CHAT), ("completions", {"prompt": "The sea"})):
+        with client.stream("POST", f"/v1/{path}", json=more | {"stream": True}) as answer:
+            assert answer.status_code == 200
+            assert next(answer.iter_lines())
+            assert stats().waiting == 1, "it has not even begun"
+        wait_for(lambda: stats().waiting == 0)
+    for connection in busy:
+        connection.close()
+    server.wait_until_idle()
+
+
+def test_a_slow_reader_delays_nobody(server: Running, client: httpx.Client) -> None:
+    with raw_request(server, CHAT | {"max_tokens": 300, "stream": True}) as slow:  # and reads nothing for now
         quick = post(client, json=CHAT)
         assert quick.status_code == 200
         slow.settimeout(30)

@@ -109,6 +109,71 @@ def test_thinking(client: Anthropic) -> None:
     assert ask(client, thinking={"type": "disabled"}).content == ask(client).content
 
 
+def events_of(client: Anthropic, **given: Any) -> list[Any]:
+    asked = {"model": "demo", "messages": MESSAGES, "max_tokens": 24, "extra_body": GREEDY} | given
+    return list(client.messages.create(stream=True, **asked))
+
+
+def kinds(events: list[Any]) -> list[str]:
+    """Types of events, those of blocks with the block's or the delta's; runs of the same one as one."""
+    names: list[str] = []
+    for event in events:
+        part = getattr(event, "content_block", None) or getattr(event, "delta", None)
+        kind = getattr(part, "type", None)
+        name = f"{event.type} {kind}" if kind else event.type
+        if not names or names[-1] != name:
+            names.append(name)
+    return names
+
+
+def test_a_stream_of_thoughts(client: Anthropic) -> None:
+    events = events_of(client, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert kinds(events) == [
+        "message_start",
+        "content_block_start thinking",
+        "content_block_delta thinking_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    thoughts = "".join(getattr(getattr(event, "delta", None), "thinking", "") for event in events)
+    # Thoughts of an earlier turn are taken back.
+    block = {"type": "thinking", "thinking": thoughts, "signature": ""}
+    history = [
+        *MESSAGES,
+        {"role": "assistant", "content": [block, {"type": "text", "text": "Yes."}]},
+        {"role": "user", "content": "Go on."},
+    ]
+    assert ask(client, messages=history).content
+
+
+def test_a_stream_of_tool_calls(client: Anthropic) -> None:
+    choice = {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}
+    thinking = {"type": "disabled"}
+    events = events_of(client, tools=[WEATHER], tool_choice=choice, max_tokens=200, thinking=thinking)
+    assert kinds(events) == [
+        "message_start",
+        "content_block_start tool_use",
+        "content_block_delta input_json_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    text = "".join(getattr(getattr(event, "delta", None), "partial_json", "") for event in events)
+    validate(json.loads(text), WEATHER["input_schema"])
+    assert events[-2].delta.stop_reason == "tool_use"
+    assert events[-2].usage.output_tokens > 0
+    assert [event.index for event in events if event.type.startswith("content_block")] == [0] * (
+        len(events) - 3
+    )
+
+
+def test_a_call_that_is_cut_comes_out_as_text(client: Anthropic) -> None:
+    message = ask(client, tools=[WEATHER], tool_choice={"type": "any"}, max_tokens=6)
+    assert message.stop_reason == "max_tokens"
+    assert message.content[0].text.startswith("<tool_call>")
+
+
 def test_tokens_are_counted_as_they_are_used(client: Anthropic) -> None:
     counted = client.messages.count_tokens(model="demo", messages=MESSAGES, tools=[WEATHER])
     usage = ask(client, tools=[WEATHER], max_tokens=1).usage

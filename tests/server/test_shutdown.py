@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,38 @@ def test_running_answers_finish_after_sigterm(demo_bundle: Path) -> None:
         assert process.stderr.read() == ""
 
 
+STREAMS: Any = {
+    "/v1/chat/completions": (CHAT | {"max_tokens": 60}, "data: [DONE]"),
+    "/v1/responses": ({"input": "Tell me of the sea.", "max_output_tokens": 60}, "event: response."),
+    "/v1/messages": (CHAT | {"max_tokens": 60}, "event: message_stop"),
+}
+
+
+def test_streams_and_those_who_wait_finish_too(demo_bundle: Path) -> None:
+    """Twelve clients of three APIs on two places."""
+    accepted = threading.Barrier(12 + 1)
+    with serving(demo_bundle, "--parallel", "2") as (process, url):
+
+        def ask(path: str) -> tuple[str, list[str]]:
+            given = STREAMS[path][0] | {"stream": True}
+            with httpx.stream("POST", url + path, json=given, timeout=60) as answer:
+                accepted.wait(60)  # a stream begins when its request is accepted
+                assert answer.status_code == 200
+                return path, [line for line in answer.iter_lines() if line]
+
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(ask, path) for path in list(STREAMS) * 4]
+            accepted.wait(60)
+            state = httpx.get(url + "/health").json()
+            assert (state["running"], state["waiting"] > 0) == (2, True)
+            process.send_signal(signal.SIGTERM)
+            for path, lines in [answer.result() for answer in answers]:
+                end = [line for line in lines if line.startswith(STREAMS[path][1])]
+                assert end[-1] in ("data: [DONE]", "event: message_stop", "event: response.incomplete"), path
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
 def test_what_takes_too_long_is_cut(demo_bundle: Path) -> None:
     with (
         serving(demo_bundle, "--drain", "0") as (process, url),
@@ -82,9 +116,12 @@ def test_what_takes_too_long_is_cut(demo_bundle: Path) -> None:
             timeout=60,
         ) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
+        last = [line for line in lines if line][-1]
+        assert "the server is shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert process.wait(20) == 0
         assert time.monotonic() - began < 15
 

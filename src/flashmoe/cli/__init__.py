@@ -35,6 +35,7 @@ BENCHES = {
     "stream": "bench_stream",
     "io": "bench_io",
     "io-experiments": "bench_io_experiments",
+    "serve": "bench_serve",
 }
 
 EXIT_ERROR = 1

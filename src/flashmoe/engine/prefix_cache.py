@@ -6,7 +6,6 @@ that later prompts will share: ends of turns.  A snapshot is found by the hash o
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import threading
@@ -14,21 +13,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from flashmoe.engine.snapshot import Arrays, copied, load, save
 from flashmoe.models.qwen3_5_moe import SequenceState
 
 _SUFFIX = ".prefix"
-_MAGIC = b"flashmoe-prefix1"
-_HEAD = len(_MAGIC) + 8  # magic, then the bytes of the JSON header, little-endian
-_MAX_HEADER = 1 << 20
 _WRITES = 2  # snapshots that may wait for the drive; more are not written, only kept in memory
-
-Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class PrefixCache:
         if size > self._most:
             return
         self._make_room(size)  # before it is taken
-        arrays = [view.copy() for view in views]
+        arrays = copied(views)
         self._hold(key, arrays)
         if self._writer is not None and not self._writes.full() and not self._path(key).exists():
             self._writes.put((key, arrays))
@@ -152,7 +145,7 @@ class PrefixCache:
             return None
         path = self._path(key)
         try:
-            arrays = _load(path, self._identity, self._most)
+            arrays = load(path, self._identity, self._most)
             os.utime(path)  # files go by their time of last use
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # whatever a header can be
             path.unlink(missing_ok=True)
@@ -166,7 +159,7 @@ class PrefixCache:
             key, arrays = item
             partial = self._path(key).with_suffix(".partial")
             try:
-                _save(partial, self._identity, arrays)
+                save(partial, self._identity, arrays)
                 self._trim(partial.stat().st_size)
                 partial.rename(self._path(key))
             except OSError:  # a full drive costs the snapshot, not the answer
@@ -189,10 +182,6 @@ def _digest(ids: Sequence[int]) -> str:
     return xxhash.xxh3_128_hexdigest(np.asarray(ids, np.int32).tobytes())
 
 
-def _bytes(array: NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
 def _restore(state: SequenceState, length: int, arrays: Arrays) -> bool:
     """False, with the state cleared, when the snapshot is of another shape."""
     state.position = length
@@ -202,65 +191,3 @@ def _restore(state: SequenceState, length: int, arrays: Arrays) -> bool:
         return False
     state.restore(length, arrays)
     return True
-
-
-def _save(path: Path, identity: str, arrays: Arrays) -> None:
-    header = json.dumps(
-        {
-            "identity": identity,
-            "arrays": [
-                {
-                    "dtype": array.dtype.str,
-                    "shape": array.shape,
-                    "xxh3": xxhash.xxh3_64_hexdigest(_bytes(array)),
-                }
-                for array in arrays
-            ],
-        }
-    ).encode()
-    with path.open("wb") as file:
-        file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-        for array in arrays:
-            file.write(_bytes(array))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _load(path: Path, identity: str, most: int) -> Arrays:
-    """Raises ValueError for anything that is not a whole snapshot of this identity, at most `most` bytes."""
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
-        size = int.from_bytes(head[len(_MAGIC) :], "little")
-        if head[: len(_MAGIC)] != _MAGIC or size > _MAX_HEADER:
-            raise ValueError("no snapshot")
-        header = json.loads(file.read(size))
-        if not isinstance(header, dict) or header.get("identity") != identity:
-            raise ValueError("of another bundle")
-        left = path.stat().st_size - _HEAD - size
-        if left > most:
-            raise ValueError("larger than the cache")
-        arrays = []
-        for entry in header["arrays"]:
-            array = np.empty(tuple(entry["shape"]), _dtype(entry["dtype"])) if _fits(entry, left) else None
-            if array is None or file.readinto(_bytes(array)) != array.nbytes:
-                raise ValueError("cut short")
-            left -= array.nbytes
-            if xxhash.xxh3_64_hexdigest(_bytes(array)) != entry["xxh3"]:
-                raise ValueError("damaged")
-            arrays.append(array)
-    return arrays
-
-
-def _dtype(text: str) -> np.dtype[Any]:
-    dtype = np.dtype(text)
-    if dtype.hasobject:
-        raise ValueError("no numbers")
-    return dtype
-
-
-def _fits(entry: dict[str, Any], left: int) -> bool:
-    """Whether the sizes in a header are those of bytes that the file has."""
-    shape = entry["shape"]
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        return False
-    return int(np.prod(shape, dtype=object)) * _dtype(entry["dtype"]).itemsize <= left

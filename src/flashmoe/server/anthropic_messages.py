@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from flashmoe.chat.dialects import (
-    Event,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -30,7 +29,7 @@ from flashmoe.server.anthropic_types import (
     variables_of,
 )
 from flashmoe.server.problems import anthropic_error
-from flashmoe.server.service import Done, Prompt, Service, TokenText
+from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service
 from flashmoe.server.streaming import Events, event_stream, named, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -115,11 +114,10 @@ def _apply(content: list[dict[str, Any]], change: dict[str, Any]) -> None:
 
 async def _stream(service: Service, ask: Ask) -> Events:
     answer = service.answer(ask.prompt, ask.params, ask.structured)
-    blocks, began = _Blocks(), False
+    blocks = _Blocks()
     try:
         async for event in answer:
-            if not began:  # only now is it certain that the answer can begin
-                began = True
+            if isinstance(event, Began):  # only now is it certain that the answer can begin
                 start = _message(service, ask, []) | {"stop_reason": None, "stop_sequence": None}
                 usage = {"input_tokens": len(ask.prompt.ids), "output_tokens": 0}
                 yield named({"type": "message_start", "message": start | {"usage": usage}})
@@ -140,7 +138,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._index, self._open, self.calls = -1, "", False
 
-    def changes(self, event: Event | TokenText | Done) -> list[dict[str, Any]]:
+    def changes(self, event: AnswerEvent) -> list[dict[str, Any]]:
         if isinstance(event, TextDelta):
             return [
                 *self._in("text", {"type": "text", "text": ""}),

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashmoe.errors import FlashmoeError
-from flashmoe.server import anthropic_messages, openai_chat, openai_completions, status
+from flashmoe.server import anthropic_messages, openai_chat, openai_completions, openai_responses, status
 from flashmoe.server.problems import body_of, status_of
+from flashmoe.server.responses_store import ResponseStore
 from flashmoe.server.service import Service
 from flashmoe.server.streaming import ClientLeft
 
@@ -35,9 +36,10 @@ def create_app(service: Service, limits: Limits | None = None) -> FastAPI:
     """The ASGI application over a service that has been started."""
     limits = limits or Limits()
     app = FastAPI(title="flashmoe", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
+    app.state.service, app.state.responses = service, ResponseStore()
     app.include_router(openai_chat.router)
     app.include_router(openai_completions.router)
+    app.include_router(openai_responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(status.router)
     app.add_exception_handler(FlashmoeError, _on_error)
@@ -107,7 +109,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FlashmoeError)
     status_code, message = status_of(error), " ".join(str(error).split())
     headers = {"Retry-After": "1"} if status_code in (429, 503) else None
-    body = body_of(request.url.path, status_code, message, getattr(error, "param", None))
+    field, code = getattr(error, "param", None), getattr(error, "code", None)
+    body = body_of(request.url.path, status_code, message, field, code)
     return JSONResponse(body, status_code, headers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from flashmoe.errors import ConfigError
 from flashmoe.server.service import Service
 
 _BACKLOG = 256
+_LAST_WORDS_SECONDS = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,17 +35,28 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Any, listener: socket.socket, service: Service, drain: int) -> None:
-    """Serve until SIGINT or SIGTERM; then no request is accepted, and running ones have `drain` s to finish."""
+    """Serve until SIGINT or SIGTERM; then no request is accepted, and running ones have `drain` s to finish.
+
+    What is not finished then is told so, and has a little time to hear it.
+    """
+    patience = drain + _LAST_WORDS_SECONDS
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, timeout_graceful_shutdown=drain, lifespan="off"
+        app, log_level="error", access_log=False, timeout_graceful_shutdown=patience, lifespan="off"
     )
-    _Server(config, service).run(sockets=[listener])
+    end = threading.Timer(drain, service.scheduler.close)
+    end.daemon = True
+    try:
+        _Server(config, service, end).run(sockets=[listener])
+    finally:
+        end.cancel()
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    """end: started by the first signal, it ends what is not finished in time."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, end: threading.Timer) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._end = service, end
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,6 +75,8 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if sig == signal.SIGTERM and self.should_exit and self._signalled:
             self.force_exit = True
+        if not self._signalled:
+            self._end.start()
         self._signalled = True
 
     _signalled = False

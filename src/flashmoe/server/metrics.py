@@ -28,6 +28,7 @@ class _Collector:
         """All families."""
         yield from _requests(self._service)
         yield from _experts(self._service)
+        yield GaugeMetricFamily("flashmoe_memory_bytes", "Memory of the process now", env.current_memory())
         yield GaugeMetricFamily("flashmoe_memory_peak_bytes", "Peak memory of the process", env.peak_memory())
         yield GaugeMetricFamily(
             "flashmoe_memory_budget_bytes", "The ceiling (--memory)", self._service.llm.plan.budget_nbytes

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from flashmoe.chat.dialects import (
-    Event,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -24,7 +23,7 @@ from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
 from flashmoe.server.openai_types import ChatRequest, structure_of
 from flashmoe.server.problems import openai_error
-from flashmoe.server.service import Done, Prompt, Service, TokenText, with_seed
+from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service, TokenText, with_seed
 from flashmoe.server.streaming import Events, data, event_stream, merged, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -43,7 +42,7 @@ class Ask:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def answer(self, service: Service, index: int) -> AsyncGenerator[Event | TokenText | Done, None]:
+    def answer(self, service: Service, index: int) -> AsyncGenerator[AnswerEvent, None]:
         """The index-th of the wanted answers."""
         params = with_seed(self.params, index)
         return service.answer(self.prompt, params, self.structured, self.top_logprobs)
@@ -112,7 +111,7 @@ class Collected:
         self.logprobs: list[dict[str, Any]] = []
         self.done: Done | None = None
 
-    def add(self, event: Event | TokenText | Done) -> None:
+    def add(self, event: AnswerEvent) -> None:
         """The next one."""
         if isinstance(event, TextDelta):
             self.text += event.text
@@ -150,11 +149,12 @@ async def _stream(service: Service, ask: Ask) -> Events:
     done: list[Done] = []
     answers = merged([ask.answer(service, choice.index) for choice in choices])
     try:
-        began = False
+        waiting = len(choices)
         async for index, event in answers:
-            for choice in choices if not began else ():  # only now is it certain that the answer can begin
-                yield _chunk(service, ask, [choice.first()])
-            began = True
+            if isinstance(event, Began):
+                waiting -= 1
+                for choice in choices if not waiting else ():  # only now is it certain that all can begin
+                    yield _chunk(service, ask, [choice.first()])
             if isinstance(event, Done):
                 done.append(event)
             for part in choices[index].parts(event):
@@ -177,7 +177,7 @@ class StreamedChoice:
         """The role, which comes before anything else."""
         return self._part({"role": "assistant", "content": ""})
 
-    def parts(self, event: Event | TokenText | Done) -> list[dict[str, Any]]:
+    def parts(self, event: AnswerEvent) -> list[dict[str, Any]]:
         """The parts of chunks for an event; log-probabilities go with the next text."""
         if isinstance(event, TokenText):
             assert self._logprobs is not None
@@ -227,7 +227,7 @@ def finish_reason(done: Done, calls: bool) -> str:
     """OpenAI's words for how an answer ended."""
     if done.reason == "stop":
         return "tool_calls" if calls else "stop"
-    return "length" if done.reason == "length" else "stop"
+    return done.reason
 
 
 def logprob_entry(token: TokenText) -> dict[str, Any]:
@@ -249,6 +249,7 @@ def usage_of(done: list[Done]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": done[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning_tokens for one in done)},
     }
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from flashmoe.chat.dialects import Event, TextDelta
+from flashmoe.chat.dialects import TextDelta
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
 from flashmoe.server.openai_types import CompletionRequest
 from flashmoe.server.problems import openai_error
-from flashmoe.server.service import Done, Prompt, Service, TokenText, with_seed
-from flashmoe.server.streaming import Events, data, event_stream, merged, unless_left
+from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service, TokenText, with_seed
+from flashmoe.server.streaming import KEEP_ALIVE, Events, data, event_stream, merged, unless_left
 
 router = APIRouter()
 
@@ -41,7 +41,7 @@ class Ask:
         """Answers in all."""
         return len(self.prompts) * self.request.n
 
-    def answer(self, service: Service, index: int) -> AsyncGenerator[Event | TokenText | Done, None]:
+    def answer(self, service: Service, index: int) -> AsyncGenerator[AnswerEvent, None]:
         """The index-th of all answers."""
         which, offset = divmod(index, self.request.n)
         return service.answer(
@@ -107,11 +107,16 @@ async def _choice(service: Service, ask: Ask, index: int) -> tuple[dict[str, Any
 
 async def _stream(service: Service, ask: Ask) -> Events:
     done: list[Done] = []
+    waiting = ask.count
     tokens: list[list[TokenText]] = [[] for _ in range(ask.count)]
     answers = merged([ask.answer(service, i) for i in range(ask.count)])
     try:
         async for index, event in answers:
-            if isinstance(event, TokenText):
+            if isinstance(event, Began):
+                waiting -= 1
+                if not waiting:  # all can begin: tell the client that it is served
+                    yield KEEP_ALIVE
+            elif isinstance(event, TokenText):
                 tokens[index].append(event)
             elif isinstance(event, TextDelta):
                 yield data(ask.frame(service, [_part(ask, index, event.text, tokens[index], None)]))
@@ -135,7 +140,6 @@ def _part(ask: Ask, index: int, text: str, tokens: list[TokenText], reason: str 
             "top_logprobs": [{_text(t): logprob for _, t, logprob in token.top} for token in tokens],
             "text_offset": [],
         }
-    reason = "stop" if reason == "cancelled" else reason
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 

@@ -95,7 +95,7 @@ class CompletionRequest(SamplingRequest):
 
 def structure_of(request: ChatRequest) -> StructuredOutput | None:
     """The form that the answer must have.  Raises RequestError, StructureError."""
-    given = [_guided(request), _response_format(request.response_format)]
+    given = [_guided(request), response_format(request.response_format)]
     wanted = [one for one in given if one is not None]
     if len(wanted) > 1:
         raise RequestError(
@@ -128,7 +128,8 @@ def _parsed(text: str) -> Any:
         raise RequestError(f"guided_json is no JSON: {error}", "guided_json") from None
 
 
-def _response_format(form: dict[str, Any] | None) -> StructuredOutput | None:
+def response_format(form: dict[str, Any] | None, name: str = "response_format") -> StructuredOutput | None:
+    """What a field `name` of the request asks for.  Raises RequestError, StructureError."""
     kind = None if form is None else form.get("type")
     if form is None or kind == "text":
         return None
@@ -138,10 +139,6 @@ def _response_format(form: dict[str, Any] | None) -> StructuredOutput | None:
         holder = form.get("json_schema")
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if not isinstance(schema, dict | bool):
-            raise RequestError(
-                "response_format.json_schema.schema is missing: give a JSON Schema", "response_format"
-            )
+            raise RequestError(f"{name} of type json_schema has no schema: give a JSON Schema", name)
         return StructuredOutput.json_schema(schema)
-    raise RequestError(
-        f"response_format.type {kind!r} is unknown: use text, json_object or json_schema", "response_format"
-    )
+    raise RequestError(f"{name}.type {kind!r} is unknown: use text, json_object or json_schema", name)

@@ -36,9 +36,11 @@ def status_of(error: FlashmoeError) -> int:
     return 500
 
 
-def openai_error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def openai_error(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """The body of an error in OpenAI's form."""
-    return {"error": {"message": message, "type": _OPENAI_TYPES[status], "param": param, "code": None}}
+    return {"error": {"message": message, "type": _OPENAI_TYPES[status], "param": param, "code": code}}
 
 
 def anthropic_error(status: int, message: str) -> dict[str, Any]:
@@ -46,8 +48,10 @@ def anthropic_error(status: int, message: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": _ANTHROPIC_TYPES[status], "message": message}}
 
 
-def body_of(path: str, status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def body_of(
+    path: str, status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """The body in the form of the API that a path belongs to."""
     if path.startswith("/v1/messages"):
         return anthropic_error(status, message)
-    return openai_error(status, message, param)
+    return openai_error(status, message, param, code)

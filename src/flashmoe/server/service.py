@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flashmoe.chat.dialects import Event, PlainParser, TextDelta, detect
+from flashmoe.chat.dialects import Event, PlainParser, ReasoningDelta, TextDelta, detect
 from flashmoe.chat.dialects.base import Dialect, EventParser
 from flashmoe.chat.llm import LLM
 from flashmoe.chat.messages import Message
@@ -21,7 +21,7 @@ from flashmoe.engine.jobs import Finished, Generation, Token
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.scheduler import Job, Scheduler
 from flashmoe.engine.tokenizer import TextDecoder
-from flashmoe.errors import FlashmoeError, PromptError
+from flashmoe.errors import BusyError, FlashmoeError, PromptError
 from flashmoe.server.tool_choice import strict_tools
 
 _RENDER_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt"}
@@ -54,14 +54,26 @@ class TokenText:
 
 
 @dataclass(frozen=True)
+class Began:
+    """The first event: the request has been accepted, though it may have to wait, and its prompt be long."""
+
+
+@dataclass(frozen=True)
 class Done:
-    """The answer's end: "stop", "length", or "cancelled"; what stopped it, and counts of tokens."""
+    """The answer's end: "stop" or "length"; what stopped it, and counts of tokens.
+
+    reasoning_tokens: those of the completion that were reasoning, its end marker with them.
+    """
 
     reason: str
     stop_text: str | None
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
+
+
+AnswerEvent = Began | Event | TokenText | Done
 
 
 class Service:
@@ -139,10 +151,11 @@ class Service:
         params: SamplingParams,
         structured: StructuredOutput | None = None,
         top_logprobs: int | None = None,
-    ) -> AsyncGenerator[Event | TokenText | Done, None]:
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """The answer as it comes; closing the iterator cancels it.
 
-        Raises PromptError, StructureError or BusyError before the first event, ReadError and StructureError later.
+        Raises PromptError, StructureError or BusyError before the first event; ReadError, StructureError, and
+        BusyError when the server ends, later.
         """
         if top_logprobs is not None:
             await asyncio.to_thread(lambda: self._token_bytes)  # 0.5 s for a large vocabulary, once
@@ -162,6 +175,7 @@ class Service:
         generation = Generation(prompt.ids, params, stops, constraint, top_logprobs, prompt.snapshot_at)
         job = self.scheduler.submit(generation, deliver)
         try:
+            yield Began()
             async for event in self._follow(prompt, params, events, job):
                 yield event
         finally:
@@ -169,9 +183,10 @@ class Service:
 
     async def _follow(
         self, prompt: Prompt, params: SamplingParams, events: asyncio.Queue[Token | Finished], job: Job
-    ) -> AsyncGenerator[Event | TokenText | Done, None]:
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """The events of a job until its end."""
-        text = _AnswerText(self.llm.tokenizer.decoder(not prompt.parse), params.stop, self._parser(prompt))
+        decoder, parser = self.llm.tokenizer.decoder(not prompt.parse), self._parser(prompt)
+        text = _AnswerText(decoder, params.stop, parser, prompt.reasoning_open)
         while True:
             event = await events.get()
             if isinstance(event, Finished):
@@ -186,11 +201,13 @@ class Service:
                 job.cancel()
         if event.error is not None:
             raise event.error
+        if event.reason == "cancelled" and text.stopped is None:  # not by us: by the scheduler's end
+            raise BusyError("the server is shutting down, and the answer is not finished: try another one")
         for piece in text.finish():
             yield piece
         reason = event.reason if text.stopped is None else "stop"
         counts = event.prompt_tokens, event.cached_tokens, event.completion_tokens
-        yield Done(reason, text.stopped, *counts)
+        yield Done(reason, text.stopped, *counts, text.reasoning_tokens)
 
     def _render(
         self,
@@ -254,8 +271,11 @@ class Service:
 class _AnswerText:
     """Tokens to text, to what comes before a stop string, to the dialect's events."""
 
-    def __init__(self, decoder: TextDecoder, stops: Sequence[str], parser: EventParser) -> None:
+    def __init__(
+        self, decoder: TextDecoder, stops: Sequence[str], parser: EventParser, reasoning: bool
+    ) -> None:
         self._decoder, self._stops, self._parser = decoder, StopStrings(stops), parser
+        self._reasoning, self.reasoning_tokens = reasoning, 0
 
     @property
     def stopped(self) -> str | None:
@@ -268,7 +288,11 @@ class _AnswerText:
 
     def push(self, token_id: int) -> list[Event]:
         text, _ = self._stops.push(self._decoder.push(token_id))
-        return self._parser.push(text) if text else []
+        events = self._parser.push(text) if text else []
+        self.reasoning_tokens += self._reasoning  # the marker that ends it is a part of it
+        if events:
+            self._reasoning = isinstance(events[-1], ReasoningDelta)
+        return events
 
     def finish(self) -> list[Event]:
         events = []

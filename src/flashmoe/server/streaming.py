@@ -18,7 +18,7 @@ Events = AsyncGenerator[bytes, None]
 
 # Comments keep proxies and clients from giving up while a long prompt is processed.
 _KEEP_ALIVE_SECONDS = 10.0
-_KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class ClientLeft(Exception):  # noqa: N818 - nothing is wrong, nobody is there any more
@@ -117,7 +117,7 @@ async def _kept_alive(events: Events) -> Events:
             following = following or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({following}, timeout=_KEEP_ALIVE_SECONDS)
             if not done:
-                yield _KEEP_ALIVE
+                yield KEEP_ALIVE
                 continue
             try:
                 event = following.result()
