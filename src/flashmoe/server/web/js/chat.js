@@ -7,7 +7,7 @@ import { MessageView } from "./message.js";
 const EXAMPLES = [
   "Tell me a short story about a brave mouse.",
   "Write a short poem about the sea.",
-  "Explain in three sentences how a mixture of experts works.",
+  "Explain how a mixture of experts works.",
 ];
 const NEAR_BOTTOM = 80; // pixels in which the log still counts as scrolled to its end
 const SAVE_MS = 2000; // a growing answer is stored so often: closing the window loses little
