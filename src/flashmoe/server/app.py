@@ -15,12 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashmoe.errors import FlashmoeError
 from flashmoe.server import anthropic_messages, openai_chat, openai_completions, openai_responses, status
+from flashmoe.server import anthropic_messages, openai_chat, openai_completions, page, status
 from flashmoe.server.problems import body_of, status_of
 from flashmoe.server.responses_store import ResponseStore
 from flashmoe.server.service import Service
 from flashmoe.server.streaming import ClientLeft
 
-_OPEN_PATHS = ("/health", "/", "/page")
+_OPEN_PATHS = ("/health", "/")  # and the files of the page
 _CLIENT_LEFT = 499  # nobody reads it; as nginx counts such requests
 
 
@@ -42,6 +43,7 @@ def create_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.include_router(openai_responses.router)
     app.include_router(anthropic_messages.router)
     app.include_router(status.router)
+    app.include_router(page.router)
     app.add_exception_handler(FlashmoeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
@@ -61,7 +63,8 @@ def _key_check(key: str) -> Callable[[Request, Handler], Awaitable[Response]]:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         given = request.headers.get("x-api-key", given)
         # Compared as bytes: a header may hold anything, and compare_digest wants ASCII in texts.
-        if path not in _OPEN_PATHS and not hmac.compare_digest(given.encode(), key.encode()):
+        is_open = path in _OPEN_PATHS or path.startswith(page.PREFIX)
+        if not is_open and not hmac.compare_digest(given.encode(), key.encode()):
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             return JSONResponse(body_of(path, 401, message), 401, {"WWW-Authenticate": "Bearer"})
         return await call_next(request)
