@@ -131,13 +131,13 @@ def _open(args: argparse.Namespace, bundle: Path, shared: bool) -> LLM:
     """shared: another bundle will be opened beside it, so half of the memory is its."""
     from flashmoe.bundle.reader import Bundle
     from flashmoe.chat.llm import LLM
-    from flashmoe.engine.memory import default_budget
+    from flashmoe.engine.memory import auto_budget
     from flashmoe.evaluation.scoring import block_rows
 
     vocab = Bundle.open(bundle).text_config.get("vocab_size", 0)
     memory = args.memory
     if shared:
-        memory = (memory or default_budget()) // 2
+        memory = (memory or auto_budget().nbytes) // 2
     return LLM(
         bundle,
         memory=memory,
