@@ -113,6 +113,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def striped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, its experts in two directories."""
+    folder = tmp_path_factory.mktemp("striped")
+    return convert(GOLDEN / "mlx_q4", folder / "bundle", experts_dirs=[folder / "a", folder / "b"]).path
+
+
 @pytest.fixture(autouse=True)
 def little_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with much memory must not be needed to find what takes too much."""

@@ -180,7 +180,8 @@ class Files:
 def open_inside(path: Path) -> Bundle:
     """Bundle.open; whatever it accepts lies in its folder."""
     bundle = Bundle.open(path)
-    for file in [*(layer.path for layer in bundle.expert_layers), *map(path.joinpath, bundle.manifest.files)]:
+    experts = [file for layer in bundle.expert_layers for file in layer.paths]
+    for file in [*experts, *map(path.joinpath, bundle.manifest.files)]:
         assert file.resolve().is_relative_to(path.resolve())
     size = bundle.resident_path.stat().st_size
     for info in map(bundle.tensor, bundle.tensor_names()):
@@ -220,6 +221,18 @@ def use_config(contained: Contained, path: Path) -> None:
 def test_manifest(bundle: Path, contained: Contained, data: st.DataObject) -> None:
     with Files(bundle) as files:
         file = files.path / "manifest.json"
+        file.write_bytes(data.draw(changed(file.read_bytes())))
+        use_bundle(contained, files.path)
+
+
+@budget(60)
+@given(data=st.data())
+def test_manifest_and_mark_of_a_striped_bundle(
+    striped: Path, contained: Contained, data: st.DataObject
+) -> None:
+    with Files(striped) as files:
+        name = data.draw(st.sampled_from(["manifest.json", "stripes-a/0/stripe.json"]))
+        file = files.path / name
         file.write_bytes(data.draw(changed(file.read_bytes())))
         use_bundle(contained, files.path)
 

@@ -52,9 +52,11 @@ def read_mark(directory: Path) -> StripeMark | None:
     try:
         with (directory / MARK_FILE).open("rb") as file:
             value = json.loads(file.read(_MARK_NBYTES))
-        return StripeMark(str(value["experts"]), int(value["stripe"]), int(value["stripes"]))
+        mark = StripeMark(value["experts"], value["stripe"], value["stripes"])
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
+    sound = type(mark.experts) is str and type(mark.stripe) is type(mark.stripes) is int
+    return mark if sound else None
 
 
 def find_stripes(folder: Path, manifest: Manifest, given: Sequence[Path] = ()) -> list[Path]:
