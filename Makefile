@@ -16,7 +16,7 @@ PEER_BENCH ?= $(CACHE)/peer/build/bin/llama-bench
 PEER_MODEL ?= $(CACHE)/peer/q35-l8.gguf
 BENCH_FLAGS ?= --prompt 128,512,2048 --context 0,4096 --profile
 
-.PHONY: run test fuzz build lint bench native-sanitize test-arm instruction-budget instruction-budget-record structured oracle demo-model fixtures clean
+.PHONY: run test test-page fuzz build lint bench native-sanitize test-arm instruction-budget instruction-budget-record structured oracle demo-model fixtures clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -31,7 +31,11 @@ run: $(VENV)/.installed
 	$(VENV)/bin/flashmoe run --expert-slots $(DEMO_EXPERTS) "Tell me a short story about a brave mouse."
 
 test: $(VENV)/.installed
-	$(PY) -m pytest tests --ignore=tests/oracle --ignore=tests/schemas
+	$(PY) -m pytest tests --ignore=tests/oracle --ignore=tests/schemas --ignore=tests/page
+
+# The web page in a headless browser, over the demo model.  Debian: chromium.
+test-page: $(VENV)/.installed
+	$(PY) -m pytest -q tests/page
 
 # Structured output: 200 random JSON Schemas, answered by the demo model and validated; the first 40 are in `test` too.
 structured: $(VENV)/.installed

@@ -27,6 +27,7 @@ from flashmoe.engine.sampler import Sampler
 from flashmoe.errors import PromptError
 from flashmoe.models.qwen3_5_moe import SequenceState
 from flashmoe.nn.weights import F32
+from flashmoe.store.cache import ExpertCache
 from flashmoe.store.stats import CacheStats
 
 
@@ -207,6 +208,11 @@ class Engine:
     def cache_stats(self) -> CacheStats:
         """Counters of the expert cache since the bundle was opened.  Thread-safe."""
         return self._parts.cache.stats()
+
+    @property
+    def cache(self) -> ExpertCache:
+        """The experts in memory, for somebody who watches; only its thread-safe methods."""
+        return self._parts.cache
 
     @property
     def identity(self) -> str:

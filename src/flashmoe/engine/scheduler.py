@@ -137,6 +137,11 @@ class Scheduler:
         """Accept nothing more.  May be called by a signal handler."""
         self._accepting = False
 
+    @property
+    def accepting(self) -> bool:
+        """False when the end has begun."""
+        return self._accepting
+
     def close(self) -> None:
         """End run() after the current step; answers that are not finished are cancelled."""
         with self._changed:

@@ -22,6 +22,7 @@ from flashmoe.server import (
     page,
     status,
 )
+from flashmoe.server import anthropic_messages, machine, openai_chat, openai_completions, page, status
 from flashmoe.server.problems import body_of, status_of
 from flashmoe.server.responses_store import ResponseStore
 from flashmoe.server.service import Service
@@ -50,6 +51,7 @@ def create_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.include_router(anthropic_messages.router)
     app.include_router(status.router)
     app.include_router(page.router)
+    app.include_router(machine.router)
     app.add_exception_handler(FlashmoeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

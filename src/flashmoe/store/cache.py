@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import xxhash
 
 from flashmoe.errors import BudgetError, ReadError
+from flashmoe.store.activity import IN_FLIGHT, RESIDENT, Activity
 from flashmoe.store.policies.base import Policy
 from flashmoe.store.reader import ExpertReader
 from flashmoe.store.slots import SlotArena
@@ -78,6 +79,8 @@ class ExpertCache:
         self._layer_stats = {layer: LayerCounts() for layer in layers}
         self._nbytes = self._wasted = 0
         self._queue = QueueDepth()
+        self._activity: Activity | None = None  # of somebody who watches
+        self._current: tuple[int, dict[int, int]] = (0, {})  # layer, landing: of the last request or stream
 
     @staticmethod
     def min_slots(experts_per_token: int) -> int:
@@ -98,9 +101,12 @@ class ExpertCache:
         self._policy.touch(layer, experts)
         counts = self._layer_stats[layer]
         counts.hits += len(hits)
+        if self._activity is not None:
+            self._activity.asked(layer, experts, resident)
         if len(hits) == len(experts):
             return Request(self, layer, experts, hits, {})
         missing: dict[int, int] = {}
+        self._current = (layer, missing)
         try:
             self._read_missing(layer, experts, missing)
         except BaseException:  # Ctrl-C too: nobody else would wait for the reads that have begun
@@ -121,6 +127,9 @@ class ExpertCache:
         """
         self._make_room(self._arena.count // 2 + 1)
         landing = self._claim(layer, set(experts))  # slot -> expert, submitted and not yet landed
+        self._current = (layer, landing)
+        if self._activity is not None:
+            self._activity.asked(layer, experts, self._resident[layer])
         staged = self._passing.intersection(landing)
         self._passing -= staged
         ahead = self._claim_arrived(layer, set(experts))
@@ -167,6 +176,25 @@ class ExpertCache:
     def resident_experts(self, layer: int) -> KeysView[int]:
         """The experts in memory, as they change."""
         return self._resident[layer].keys()
+
+    def watch(self, activity: Activity | None) -> None:
+        """From now on note in `activity` which experts are asked for; None ends that.  Thread-safe."""
+        self._activity = activity
+
+    def picture(self, activity: Activity) -> dict[int, bytearray]:
+        """layer -> one byte for each expert, of the bits of store/activity.py: hits and misses since the last picture.
+
+        Thread-safe, and nobody waits for it: a copy of a dictionary's keys or values is one indivisible step.
+        """
+        rows = activity.take()
+        for layer, row in rows.items():
+            for expert in tuple(self._resident[layer]):
+                row[expert] |= RESIDENT
+        current, landing = self._current
+        flying = [(current, expert) for expert in tuple(landing.values())]
+        for layer, expert in (*flying, *tuple(self._foreseen.values())):
+            rows[layer][expert] |= IN_FLIGHT
+        return rows
 
     def _read_missing(self, layer: int, experts: Sequence[int], missing: dict[int, int]) -> None:
         """Start reading the experts that are not resident; `missing` gets slot -> expert of each."""

@@ -22,3 +22,26 @@ export function sidebarDrawer() {
   byId("sidebar").addEventListener("keydown", (event) => event.key === "Escape" && close());
   return { close };
 }
+
+const ROOM_FOR_MACHINE = 1100; // pixels: below, the panel covers the conversation, so it begins closed
+
+/** The machine panel: watches only while it can be seen. */
+export function machineDrawer(panel) {
+  const node = byId("machine");
+  const button = byId("toggle-machine");
+  const follow = () => panel.watch(!node.hidden && document.visibilityState === "visible");
+  const set = (open) => {
+    node.hidden = !open;
+    button.setAttribute("aria-expanded", String(open));
+    follow();
+  };
+  const close = () => {
+    set(false);
+    button.focus();
+  };
+  button.addEventListener("click", () => set(node.hidden));
+  byId("close-machine").addEventListener("click", close);
+  node.addEventListener("keydown", (event) => event.key === "Escape" && innerWidth < ROOM_FOR_MACHINE && close());
+  document.addEventListener("visibilitychange", follow);
+  set(innerWidth >= ROOM_FOR_MACHINE);
+}

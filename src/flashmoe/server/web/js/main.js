@@ -5,7 +5,8 @@ import { Chat } from "./chat.js";
 import { Conversations } from "./conversations.js";
 import { byId, complain, el, iconButton } from "./dom.js";
 import { Settings } from "./settings.js";
-import { sidebarDrawer } from "./drawers.js";
+import { machineDrawer, sidebarDrawer } from "./drawers.js";
+import { MachinePanel } from "./machine.js";
 import { theme } from "./theme.js";
 
 const conversations = new Conversations();
@@ -156,7 +157,9 @@ async function showModel() {
 }
 
 wire();
-theme(() => undefined);
+const machine = new MachinePanel();
+machineDrawer(machine);
+theme(() => machine.recolour());
 chat.show(conversations.list()[0] ?? null);
 fitMessage();
 message.focus();
