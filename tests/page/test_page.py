@@ -86,7 +86,9 @@ def test_every_control_has_a_name(page: Page) -> None:
 
 
 def test_text_of_a_model_is_never_html(page: Page) -> None:
-    hostile = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](https://example.com/b.png) **bold** `<b>`"
+    hostile = (
+        "<img src=x onerror=alert(1)> [a](javascript:alert(1)) ![b](https://example.com/b.png) **bold** `<b>`"
+    )
     shown = page.evaluate(
         """async (text) => {
           const { MarkdownView } = await import("/page/js/markdown.js");
@@ -131,7 +133,12 @@ def test_markdown(page: Page, text: str, html: str) -> None:
 
 
 def test_json_is_shown_as_json(page: Page) -> None:
-    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [7]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     use(page, form="schema", schema=json.dumps(schema), max_tokens=40, temperature=0)
     ask(page, "A number.")
     finished(page)
@@ -139,7 +146,10 @@ def test_json_is_shown_as_json(page: Page) -> None:
 
 
 def test_a_tool_is_called_and_its_result_answered(page: Page) -> None:
-    weather = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}}}
+    weather = {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}},
+    }
     weather["parameters"]["required"] = ["city"]  # type: ignore[index]
     tools = json.dumps([{"type": "function", "function": weather}])
     use(page, tools=tools, tool_choice="required", max_tokens=80, temperature=0)

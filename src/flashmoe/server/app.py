@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flashmoe.errors import FlashmoeError
 from flashmoe.server import (
     anthropic_messages,
+    machine,
     openai_chat,
     openai_completions,
     openai_responses,
     page,
     status,
 )
-from flashmoe.server import anthropic_messages, machine, openai_chat, openai_completions, page, status
 from flashmoe.server.problems import body_of, status_of
 from flashmoe.server.responses_store import ResponseStore
 from flashmoe.server.service import Service
