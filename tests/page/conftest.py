@@ -17,7 +17,8 @@ KEY = "sesame"
 
 
 def _serve(bundle: Path, *options: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "flashmoe", "serve", str(bundle), "--port", "0", "--drain", "2"]
+    program = str(Path(sys.executable).with_name("flashmoe"))
+    command = [program, "serve", str(bundle), "--port", "0", "--drain", "2"]
     process = subprocess.Popen(
         [*command, "--context", "1024", "--parallel", "2", "--expert-slots", "40%", *options],
         stderr=subprocess.PIPE,
