@@ -11,7 +11,7 @@ MakeWorld = Callable[..., Any]
 
 
 def watched(world: Any) -> Activity:
-    activity = Activity({layer: world.experts for layer in range(world.layers)})
+    activity = Activity(dict.fromkeys(range(world.layers), world.experts))
     world.cache.watch(activity)
     return activity
 
