@@ -158,7 +158,7 @@ def engine(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngi
         scripted.options = options
         return scripted
 
-    monkeypatch.setattr(llm_module.Bundle, "open", lambda path: bundle)
+    monkeypatch.setattr(llm_module.Bundle, "open", lambda path, experts_dirs=(): bundle)
     monkeypatch.setattr(llm_module.Engine, "open", open_engine)
     return scripted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,10 +133,14 @@ def test_machine_options_reach_the_engine(model: Any) -> None:
         "--kv-cache",
         "int8",
         "--verify-reads",
+        "--experts-dir",
+        "/a",
+        "--experts-dir=/b",
     )
     options = model.options
     assert (options.context, options.io, options.activations) == (99, "buffered", "f32")
     assert (options.expert_slots, options.kv_cache, options.verify_reads) == (8, "int8", True)
+    assert options.experts_dirs == (Path("/a"), Path("/b"))
 
 
 def test_ctrl_c_keeps_what_was_shown(
