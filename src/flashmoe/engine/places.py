@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashmoe.engine.prefix_cache import PrefixCache
 from flashmoe.models.qwen3_5_moe import SequenceState
 
@@ -36,19 +39,31 @@ class Places:
             state = self._free.pop(0).state
             state.clear()
             return state, 0
-        best = max(range(len(self._free)), key=lambda i: _common(self._free[i].ids, ids))
-        known = _common(self._free[best].ids, ids)
-        if known and known >= self._prefixes.longest(ids):
-            return self._free.pop(best).state, known
-        state = self._free.pop(0).state
+        wanted = np.asarray(ids, np.int32)
+        shared = [_common(free.ids, wanted) for free in self._free]
+        whole = [n if n == len(free.ids) else 0 for n, free in zip(shared, self._free, strict=True)]
+        best = max(range(len(whole)), key=whole.__getitem__)
+        if whole[best] and whole[best] >= self._prefixes.longest(ids):
+            return self._free.pop(best).state, whole[best]
+        state = self._free.pop(self._left_behind(shared)).state
         state.clear()
         return state, self._prefixes.restore(state, ids)
+
+    def _left_behind(self, shared: list[int]) -> int:
+        """Which place to give up: one that mostly begins like the new sequence, as it was to become, or the oldest.
+
+        So as many conversations as there are places stay, although their answers come back in another form.
+        """
+        mostly = (i for i, free in enumerate(self._free) if 2 * shared[i] > len(free.ids))
+        return next(mostly, 0)
 
     def give(self, state: SequenceState, ids: list[int]) -> None:
         """Give a state back that `ids` have led to; none, if its content is not to be used."""
         self._free.append(_Free(state, ids))
 
 
-def _common(held: list[int], ids: Sequence[int]) -> int:
-    """Tokens of a held sequence that is a prefix of `ids`; 0 for any other, as a state cannot be cut back."""
-    return len(held) if len(held) <= len(ids) and held == list(ids[: len(held)]) else 0
+def _common(held: list[int], wanted: NDArray[np.int32]) -> int:
+    """How many tokens both begin with."""
+    most = min(len(held), len(wanted))
+    differ = np.flatnonzero(np.asarray(held[:most], np.int32) != wanted[:most])
+    return int(differ[0]) if len(differ) else most
