@@ -140,3 +140,28 @@ def test_files_are_bounded_too(tmp_path: Path) -> None:
     assert all(path.suffix == ".prefix" for path in files)
     assert restored(cache, [5] * 30) == (20, 5.0)
     cache.close()
+
+
+def test_what_a_conversation_left_behind_goes_first() -> None:
+    size = sum(array.nbytes for array in filled(20, 0).arrays())
+    cache = PrefixCache(5 * size, "model")  # 40 tokens take a little more than 20
+    first, second = [1] * 50, [2] * 50
+    cache.store(second[:20], filled(20, 2.0))
+    cache.store(first[:20], filled(20, 1.0))
+    cache.store(first[:40], filled(40, 1.5))
+    while restored(cache, first[:20])[0]:  # the most recently used one, until it goes
+        cache.store([len(cache), *range(100, 119)], filled(20, 9.0))
+    assert restored(cache, first) == (40, 1.5)
+    assert restored(cache, second) == (20, 2.0), "although it was not used for longer"
+
+
+def test_where_two_conversations_begin_is_not_left_behind() -> None:
+    size = sum(array.nbytes for array in filled(40, 0).arrays())
+    cache = PrefixCache(3 * size, "model")
+    for last in (1, 2):
+        cache.store([5] * 20, filled(20, 1.0))
+        cache.store([5] * 20 + [last] * 20, filled(40, float(last)))
+    assert restored(cache, [5] * 20)[0] == 20
+    cache.store([8] * 40, filled(40, 8.0))
+    assert restored(cache, [5] * 20)[0] == 20
+    assert restored(cache, [5] * 20 + [1] * 20)[0] == 20, "of the others this one was used longest ago"

@@ -252,3 +252,39 @@ def test_closing_cancels_the_rest(engine: Engine) -> None:
     thread.join(10)
     assert not scheduler.drain(0) or all(answer.end is not None for answer in answers)
     assert {answer.end.reason for answer in answers if answer.end} <= {"cancelled", "length"}
+
+
+def test_what_is_expected_is_prepared_while_nobody_waits(engine: Engine) -> None:
+    prefixes = PrefixCache(64 << 20, "demo")
+    scheduler = Scheduler(engine, prefix_cache=prefixes)
+    ids = PROMPTS[2] + PROMPTS[4]
+    running, _ = submit(scheduler, 0)
+    scheduler.expect(ids)
+    finish(scheduler, [running])
+    assert scheduler.stats().expected == 1, "running answers come first"
+    while scheduler.stats().expected:
+        scheduler.step()
+    alone = list(
+        engine.generate_ids([*ids, 3], params(1), set())
+    )  # in the first place, which forgets nothing by it
+    answer = Answer()
+    scheduler.submit(Generation([*ids, 3], params(1)), answer)
+    finish(scheduler, [answer])
+    assert answer.end is not None
+    assert answer.end.cached_tokens == len(ids)
+    assert answer.ids == alone
+    assert prefixes.longest([*ids, 3]) == len(ids)
+
+
+def test_an_expert_that_cannot_be_read_ends_the_preparing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(parts: Any, wanted: Any) -> Any:
+        raise ReadError("layer 3, expert 1: cannot read")
+
+    scheduler = Scheduler(engine, prefix_cache=PrefixCache(64 << 20, "demo"))
+    scheduler.expect(PROMPTS[2])
+    monkeypatch.setattr(engine, "step", failing)
+    scheduler.step()
+    assert scheduler.stats().expected == 0
+    assert len(scheduler._places) == 3

@@ -30,11 +30,11 @@ class Running:
     service: Service
 
     def wait_until_idle(self, seconds: float = 20) -> None:
-        """Until nothing runs or waits any more."""
+        """Until nothing runs or waits any more, and nothing is prepared for later."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             stats = self.service.scheduler.stats()
-            if stats.running == stats.waiting == 0:
+            if stats.running == stats.waiting == stats.expected == len(self.service._expecting) == 0:
                 return
             time.sleep(0.02)
         raise AssertionError(f"still busy: {stats}")

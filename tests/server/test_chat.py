@@ -232,6 +232,40 @@ def test_what_is_cached_is_counted(client: OpenAI) -> None:
     assert warm.usage.prompt_tokens_details.cached_tokens > 0.9 * cold.usage.prompt_tokens
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_long_answer_is_cached_in_the_form_in_which_it_comes_back(
+    server: Running, client: OpenAI, thinking: bool
+) -> None:
+    given = {
+        "max_tokens": 300,
+        "temperature": 0.9,
+        "seed": 5,
+        "reasoning_effort": "high" if thinking else "none",
+    }
+    talks: list[Any] = [[{"role": "user", "content": f"Tell me story {i} of a mouse."}] for i in range(4)]
+    for messages in talks:
+        message = ask(client, messages=messages, **given).choices[0].message
+        messages += [message.model_dump(exclude_none=True), {"role": "user", "content": "And then?"}]
+        server.wait_until_idle()
+    text = "And then?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    new = server.service.llm.tokenizer.encode(text, add_special_tokens=False)
+    for messages in talks:
+        usage = ask(client, messages=messages, max_tokens=2, seed=5, temperature=0.0).usage
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert usage.prompt_tokens - cached == len(new), "nothing else is processed"
+        assert thinking or cached > 0.9 * usage.prompt_tokens
+
+
+def test_tool_calls_are_cached_in_the_form_in_which_they_come_back(server: Running, client: OpenAI) -> None:
+    forced = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 200, "parallel_tool_calls": False}
+    message = ask(client, **forced).choices[0].message
+    server.wait_until_idle()
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "clear"}
+    history = [*MESSAGES, message.model_dump(exclude_none=True), result]
+    usage = ask(client, messages=history, tools=[WEATHER], max_tokens=2).usage
+    assert usage.prompt_tokens_details.cached_tokens > 0.9 * usage.prompt_tokens
+
+
 def test_completions(client: OpenAI) -> None:
     given: Any = {"model": "demo", "temperature": 0.0, "max_tokens": 12}
     whole = client.completions.create(prompt=["Once upon", "The sea"], **given)

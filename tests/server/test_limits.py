@@ -270,4 +270,4 @@ def test_many_clients_make_progress_and_leave_nothing_behind(server: Running, cl
     server.wait_until_idle()
     metrics = client.get("/metrics").text
     assert "flashmoe_requests_running 0.0" in metrics
-    assert len(server.service.scheduler._free) == 3
+    assert len(server.service.scheduler._places) == 3

@@ -16,6 +16,7 @@ from flashmoe.types import format_size
 
 if TYPE_CHECKING:
     from flashmoe.chat.llm import LLM
+    from flashmoe.engine.memory import MemoryPlan
     from flashmoe.engine.prefix_cache import PrefixCache
     from flashmoe.server.service import Service
 
@@ -63,7 +64,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_experts_dirs(machine, options.MOVED_DIR)
     prefixes = parser.add_argument_group("prefix cache", "conversations go on where they were")
     prefixes.add_argument(
-        "--cache-memory", type=options.size, metavar="SIZE", help="default: a twentieth of --memory"
+        "--cache-memory",
+        type=options.size,
+        metavar="SIZE",
+        help="default: a twentieth of --memory, and more where all experts fit",
     )
     prefixes.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep them on the drive too")
     prefixes.add_argument(
@@ -96,11 +100,21 @@ def execute(args: argparse.Namespace) -> int:
         sequences=args.parallel,
         prefix_cache=cache_memory,
     ) as llm:
+        if args.cache_memory is None:
+            cache_memory += _spare(llm.plan)
         prefixes = PrefixCache(cache_memory, llm.engine.identity, args.cache_dir, args.cache_dir_size)
         try:
             return _serve(args, llm, prefixes, args.name or Path(bundle).resolve().name)
         finally:
             prefixes.close()
+
+
+def _spare(plan: MemoryPlan) -> int:
+    """Bytes that neither experts nor anything else will need, up to what the running sequences themselves take."""
+    if plan.slots < plan.experts:
+        return 0
+    used = plan.process_nbytes + plan.resident_nbytes + plan.state_nbytes + plan.workspace_nbytes
+    return max(0, min(plan.budget_nbytes - used - plan.slots_nbytes, plan.state_nbytes))
 
 
 def _serve(args: argparse.Namespace, llm: LLM, prefixes: PrefixCache, name: str) -> int:

@@ -56,7 +56,10 @@ Deliver = Callable[[Token | Finished], None]
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """Counters since the start, and how many answers are being generated or wait now."""
+    """Counters since the start, and how many answers are being generated or wait now.
+
+    expected: prefixes that the prefix cache is still to learn (Scheduler.expect).
+    """
 
     running: int
     waiting: int
@@ -66,3 +69,4 @@ class SchedulerStats:
     finished: dict[str, int]  # by reason
     steps: int
     step_seconds: float
+    expected: int = 0

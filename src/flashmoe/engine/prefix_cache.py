@@ -1,7 +1,7 @@
 """Snapshots of sequences, so that a prompt which begins like an earlier one need not be processed from its start.
 
 A hybrid model's recurrent states cannot be cut back to a shorter text, so a sequence is kept as it was at positions
-that later prompts will share: ends of turns.  A snapshot is found by the hash of exactly its tokens.
+that later prompts will share: ends of turns and of answers.  A snapshot is found by the hash of exactly its tokens.
 """
 
 from __future__ import annotations
@@ -9,19 +9,32 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from flashmoe.engine.snapshot import Arrays, copied, load, save
 from flashmoe.models.qwen3_5_moe import SequenceState
 
 _SUFFIX = ".prefix"
 _WRITES = 2  # snapshots that may wait for the drive; more are not written, only kept in memory
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """parent: the longest snapshot in memory that this one goes on from, when it came."""
+
+    arrays: Arrays
+    parent: _Key | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,10 @@ class _Key:
 
 
 class PrefixCache:
-    """Keeps the most recently used snapshots in memory, and on the drive when a directory is given.
+    """Keeps snapshots in memory, and on the drive when a directory is given.
+
+    When memory is short, those go first that exactly one other one goes on from: the conversation has left them behind,
+    and no second one has begun there.  Then those used longest ago.
 
     Used by one thread; a thread of its own writes files.  A damaged file, or one of another bundle or configuration, is
     not used and gives way to others.
@@ -50,12 +66,14 @@ class PrefixCache:
         Raises OSError when it cannot be made.
         """
         self._most, self._identity = nbytes, identity
-        self._held: OrderedDict[_Key, Arrays] = OrderedDict()  # least recently used first
-        self._held_nbytes = 0
+        self._held: OrderedDict[_Key, _Snapshot] = OrderedDict()  # least recently used first
         if directory is not None:
             directory = directory / xxhash.xxh3_64_hexdigest(identity.encode())
         self._directory, self._directory_most = directory, directory_nbytes
-        self._writes: queue.Queue[tuple[_Key, Arrays] | None] = queue.Queue(_WRITES)
+        self._writes: queue.Queue[_Key | None] = queue.Queue()
+        self._unwritten: dict[
+            _Key, _Snapshot
+        ] = {}  # in memory until they are written, whatever becomes of _held
         self._writer: threading.Thread | None = None
         self.hits = self.misses = 0
         if directory is not None:
@@ -65,19 +83,25 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory."""
-        return self._held_nbytes
+        """Bytes held in memory, with those that wait for the drive."""
+        unwritten = self._unwritten.copy()  # its thread takes some away
+        return sum(snapshot.nbytes for snapshot in (self._held | unwritten).values())
 
     def __len__(self) -> int:
         return len(self._held)
 
+    def longest(self, ids: Sequence[int]) -> int:
+        """Tokens of the longest known prefix of `ids`; 0 when none is known."""
+        return next((key.length for key in self._candidates(ids)), 0)
+
     def restore(self, state: SequenceState, ids: Sequence[int]) -> int:
         """Bring a cleared state to the longest known prefix of `ids`; how many tokens that is (0: none is known)."""
         for key in self._candidates(ids):
-            arrays = self._held.get(key)
-            if arrays is None:
-                arrays = self._read(key)
+            snapshot = self._held.get(key)
+            if snapshot is None:
+                arrays = self._read(key, ids)
             else:
+                arrays = snapshot.arrays
                 self._held.move_to_end(key)
             if arrays is not None and _restore(state, key.length, arrays):
                 self.hits += 1
@@ -91,15 +115,13 @@ class PrefixCache:
         if key in self._held:
             self._held.move_to_end(key)
             return
-        views = state.arrays()
-        size = sum(view.nbytes for view in views)
-        if size > self._most:
+        views, parent = state.arrays(), self._parent(ids)
+        if not self._make_room(sum(view.nbytes for view in views), parent):  # before it is taken
             return
-        self._make_room(size)  # before it is taken
-        arrays = copied(views)
-        self._hold(key, arrays)
-        if self._writer is not None and not self._writes.full() and not self._path(key).exists():
-            self._writes.put((key, arrays))
+        snapshot = self._held[key] = _Snapshot(copied(views), parent)
+        if self._writer is not None and len(self._unwritten) < _WRITES and not self._path(key).exists():
+            self._unwritten[key] = snapshot
+            self._writes.put(key)
 
     def close(self) -> None:
         """Finish writing."""
@@ -108,27 +130,37 @@ class PrefixCache:
             self._writer.join()
             self._writer = None
 
-    def _candidates(self, ids: Sequence[int]) -> list[_Key]:
-        """Snapshots that may be a prefix of `ids`, the longest first."""
-        lengths = {key.length for key in self._held}
-        on_drive = self._files()
-        lengths.update(int(path.name.split("-")[0]) for path in on_drive)
-        names = {path.name for path in on_drive}
-        found = []
+    def _candidates(self, ids: Sequence[int]) -> Iterator[_Key]:
+        """Snapshots that are a prefix of `ids`, the longest first."""
+        names = {path.name for path in self._files()}
+        lengths = {key.length for key in self._held} | {int(name.split("-")[0]) for name in names}
+        tokens = np.asarray(ids, np.int32)
         for length in sorted((n for n in lengths if n <= len(ids)), reverse=True):
-            key = _Key(length, _digest(ids[:length]))
+            key = _Key(length, _digest(tokens[:length]))
             if key in self._held or key.file_name in names:
-                found.append(key)
-        return found
+                yield key
 
-    def _hold(self, key: _Key, arrays: Arrays) -> None:
-        self._held[key] = arrays
-        self._held_nbytes += sum(array.nbytes for array in arrays)
+    def _parent(self, ids: Sequence[int]) -> _Key | None:
+        return next(
+            (key for key in self._candidates(ids) if key in self._held and key.length < len(ids)), None
+        )
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._held and self._held_nbytes + nbytes > self._most:
-            _, arrays = self._held.popitem(last=False)
-            self._held_nbytes -= sum(array.nbytes for array in arrays)
+    def _make_room(self, nbytes: int, parent: _Key | None) -> bool:
+        """Let others go until that much more fits; False when it cannot.  parent: of the one that comes."""
+        if nbytes > self._most:
+            return False
+        while self.nbytes + nbytes > self._most:
+            gone = self._least_useful(parent)
+            if gone is None:  # the drive is slow, and its thread holds the rest
+                return False
+            del self._held[gone]
+        return True
+
+    def _least_useful(self, parent: _Key | None) -> _Key | None:
+        children = Counter(snapshot.parent for snapshot in self._held.values())
+        children[parent] += 1
+        behind = (key for key in self._held if children[key] == 1)
+        return next(behind, next(iter(self._held), None))
 
     def _path(self, key: _Key) -> Path:
         assert self._directory is not None
@@ -139,31 +171,32 @@ class PrefixCache:
             return []
         return [path for path in self._directory.glob(f"*-*{_SUFFIX}") if path.name.split("-")[0].isdecimal()]
 
-    def _read(self, key: _Key) -> Arrays | None:
-        """A snapshot from the drive, and into memory if there is room; None, and no file any more, if it is no good."""
+    def _read(self, key: _Key, ids: Sequence[int]) -> Arrays | None:
+        """A snapshot from the drive, and into memory; None if there is no room.  A file that is no good goes."""
         if self._directory is None:
             return None
-        path = self._path(key)
+        path, parent = self._path(key), self._parent(ids[: key.length])
         try:
+            if not self._make_room(path.stat().st_size, parent):
+                return None
             arrays = load(path, self._identity, self._most)
             os.utime(path)  # files go by their time of last use
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # whatever a header can be
             path.unlink(missing_ok=True)
             return None
-        self._make_room(sum(array.nbytes for array in arrays))
-        self._hold(key, arrays)
+        self._held[key] = _Snapshot(arrays, parent)
         return arrays
 
     def _write_all(self) -> None:
-        while (item := self._writes.get()) is not None:
-            key, arrays = item
+        while (key := self._writes.get()) is not None:
             partial = self._path(key).with_suffix(".partial")
             try:
-                save(partial, self._identity, arrays)
+                save(partial, self._identity, self._unwritten[key].arrays)
                 self._trim(partial.stat().st_size)
                 partial.rename(self._path(key))
             except OSError:  # a full drive costs the snapshot, not the answer
                 partial.unlink(missing_ok=True)
+            del self._unwritten[key]
 
     def _trim(self, more: int) -> None:
         """Delete the files used longest ago until `more` bytes fit."""
@@ -178,7 +211,7 @@ class PrefixCache:
             raise OSError(f"a snapshot of {more} bytes is larger than the directory may become")
 
 
-def _digest(ids: Sequence[int]) -> str:
+def _digest(ids: Sequence[int] | NDArray[np.int32]) -> str:
     return xxhash.xxh3_128_hexdigest(np.asarray(ids, np.int32).tobytes())
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from flashmoe.engine.engine import Engine
 from flashmoe.engine.jobs import Deliver, Finished, Generation, SchedulerStats, Token
+from flashmoe.engine.places import Places
 from flashmoe.engine.prefix_cache import PrefixCache
 from flashmoe.engine.sampler import Sampler, top_logprobs
 from flashmoe.errors import BusyError, FlashmoeError, PromptError, ReadError
@@ -22,6 +23,9 @@ from flashmoe.nn.weights import F32
 # A step that carries a prompt's piece beside running answers should not keep these waiting for longer.
 _STEP_SECONDS = 0.5
 _SMALLEST_PIECE = 16
+# While nobody waits, conversations are prepared for their next turn in pieces of so many tokens: long enough to use
+# each expert that is read for several of them, and a request that comes meanwhile waits for one piece only.
+_QUIET_PIECE = 256
 
 
 @dataclass(eq=False)
@@ -61,7 +65,8 @@ class Scheduler:
         self, engine: Engine, *, prefix_cache: PrefixCache | None = None, most_waiting: int = 64
     ) -> None:
         self._engine, self._prefixes, self._most_waiting = engine, prefix_cache, most_waiting
-        self._free = list(reversed(engine.states))
+        self._places = Places(engine.states, prefix_cache)
+        self._expected: deque[list[int]] = deque(maxlen=2 * len(engine.states))
         self._running: list[Job] = []
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -96,6 +101,18 @@ class Scheduler:
             self._changed.notify_all()
         return job
 
+    def expect(self, ids: list[int]) -> None:
+        """Have the prefix cache know these tokens, which a later prompt will probably begin with.
+
+        Thread-safe.  Done while there is nothing else to do; of too many, those asked for first are left out.
+        """
+        if self._prefixes is None or len(ids) >= self._engine.plan.context:
+            return
+        self._engine.check(ids)
+        with self._changed:
+            self._expected.append(ids)
+            self._changed.notify_all()
+
     def stats(self) -> SchedulerStats:
         """Counters so far."""
         with self._changed:
@@ -108,13 +125,14 @@ class Scheduler:
                 dict(self._finished),
                 self._steps,
                 self._step_seconds,
+                len(self._expected),
             )
 
     def run(self) -> None:
         """Work until close(); call it on a thread of its own."""
         while True:
             with self._changed:
-                while not (self._closed or self._running or self._waiting):
+                while not (self._closed or self._running or self._waiting or self._expected):
                     self._changed.wait()
                 if self._closed:
                     break
@@ -156,6 +174,7 @@ class Scheduler:
         self._admit()
         batch = self._choose()
         if not batch:
+            self._prepare()
             return
         wanted = [i for i, (job, count) in enumerate(batch) if job.left == count]
         began = time.perf_counter()
@@ -175,19 +194,35 @@ class Scheduler:
 
     def _admit(self) -> None:
         with self._changed:
-            while self._waiting and self._free:
+            while self._waiting and self._places:
                 job = self._waiting.popleft()
-                job.state = self._free.pop()
-                job.state.clear()
+                # Begins where the longest known prefix ends; the prompt's last token is always processed.
+                job.state, job.done = self._places.take(job.ids[:-1])
+                job.cached = job.done
                 self._running.append(job)
                 self._prompt_tokens += len(job.ids)
-                self._restore(job)
+                self._cached_tokens += job.cached
 
-    def _restore(self, job: Job) -> None:
-        """Begin where the longest known prefix of the prompt ends; its last token is always processed."""
-        if self._prefixes is not None:
-            job.done = job.cached = self._prefixes.restore(_state(job), job.ids[:-1])
-            self._cached_tokens += job.cached
+    def _prepare(self) -> None:
+        """A piece of what is expected; nobody runs or waits, so every place is free."""
+        if self._prefixes is None or not self._expected:
+            return
+        ids = self._expected[0]
+        state, done = self._places.take(ids)
+        until = min(len(ids), done + min(_QUIET_PIECE, self._engine.plan.prefill_chunk))
+        try:
+            if until > done:
+                self._engine.step([(state, ids[done:until])], [])
+        except ReadError:  # who needs that expert is told when asking
+            self._places.give(state, [])
+            until = len(ids)
+        else:
+            self._places.give(state, ids[:until])
+            if until == len(ids):
+                self._prefixes.store(ids, state)
+        with self._changed:
+            if until == len(ids) and self._expected and self._expected[0] is ids:
+                self._expected.popleft()
 
     def _choose(self) -> list[tuple[Job, int]]:
         """Who takes part in the step, with how many tokens: every running answer, then pieces of prompts."""
@@ -255,6 +290,7 @@ class Scheduler:
         Whoever fails alone needs what cannot be read, and ends; the others compute the same bits once more.
         """
         if len(jobs) == 1:
+            jobs[0].done = 0  # what the state holds is of no use
             self._end(jobs[0], "error", error)
             return
         for job in jobs:
@@ -265,7 +301,7 @@ class Scheduler:
         event = Finished(reason, error, len(job.generation.prompt), job.cached, job.produced)
         with self._changed:
             if job.state is not None:
-                self._free.append(job.state)
+                self._places.give(job.state, job.ids[: job.done])
                 job.state = None
             (self._running if job in self._running else self._waiting).remove(job)
             self._finished[reason] = self._finished.get(reason, 0) + 1

@@ -49,6 +49,8 @@ def serve(app: Any, listener: socket.socket, service: Service, drain: int) -> No
         _Server(config, service, end).run(sockets=[listener])
     finally:
         end.cancel()
+        if end.ident is not None:  # its thread holds the model, and must not outlive the interpreter
+            end.join()
 
 
 class _Server(uvicorn.Server):

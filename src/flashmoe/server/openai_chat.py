@@ -21,6 +21,7 @@ from flashmoe.chat.dialects import (
 from flashmoe.chat.structured import StructuredOutput
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
+from flashmoe.server.continuation import Said, tool_call
 from flashmoe.server.openai_types import ChatRequest, structure_of
 from flashmoe.server.problems import openai_error
 from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service, TokenText, with_seed
@@ -102,29 +103,22 @@ async def _choice(service: Service, ask: Ask, index: int) -> tuple[dict[str, Any
     return choice, collected.done
 
 
-class Collected:
-    """The events of one answer put together."""
+class Collected(Said):
+    """One answer put together, with all that belongs to it."""
 
     def __init__(self) -> None:
-        self.text = self.reasoning = ""
-        self.calls: list[dict[str, Any]] = []
+        super().__init__()
         self.logprobs: list[dict[str, Any]] = []
         self.done: Done | None = None
 
     def add(self, event: AnswerEvent) -> None:
         """The next one."""
-        if isinstance(event, TextDelta):
-            self.text += event.text
-        elif isinstance(event, ReasoningDelta):
-            self.reasoning += event.text
-        elif isinstance(event, ToolCallStart):
-            self.calls.append(tool_call(event))
-        elif isinstance(event, ToolCallArguments):
-            self.calls[event.index]["function"]["arguments"] += event.json_delta
-        elif isinstance(event, TokenText):
+        if isinstance(event, TokenText):
             self.logprobs.append(logprob_entry(event))
         elif isinstance(event, Done):
             self.done = event
+        elif not isinstance(event, Began):
+            super().add(event)
 
     @property
     def finish_reason(self) -> str:
@@ -134,13 +128,9 @@ class Collected:
 
     def message(self) -> dict[str, Any]:
         """As OpenAI has it, with the reasoning where vLLM and others put it."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text or None, "refusal": None}
-        if not self.calls:
-            message["content"] = self.text
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.calls:
-            message["tool_calls"] = self.calls
+        message = super().message() | {"refusal": None}
+        if self.calls and not self.text:
+            message["content"] = None
         return message
 
 
@@ -216,11 +206,6 @@ def _chunk(
     if ask.request.stream_options and ask.request.stream_options.include_usage:
         chunk["usage"] = usage
     return data(chunk)
-
-
-def tool_call(start: ToolCallStart) -> dict[str, Any]:
-    """A call without its arguments yet."""
-    return {"id": start.id, "type": "function", "function": {"name": start.name, "arguments": ""}}
 
 
 def finish_reason(done: Done, calls: bool) -> str:

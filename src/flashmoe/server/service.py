@@ -7,6 +7,7 @@ import dataclasses
 import re
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,7 @@ from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.scheduler import Job, Scheduler
 from flashmoe.engine.tokenizer import TextDecoder
 from flashmoe.errors import BusyError, FlashmoeError, PromptError
+from flashmoe.server.continuation import Conversation, Said, next_prefix
 from flashmoe.server.tool_choice import strict_tools
 
 _RENDER_ARGUMENTS = {"self", "messages", "tools", "add_generation_prompt"}
@@ -33,7 +35,7 @@ class Prompt:
     """A prompt ready to be processed.
 
     snapshot_at: see Generation.  tools: those that the answer may call.  reasoning_open: the answer begins inside the
-    reasoning.  parse: split reasoning and tool calls out of the answer.
+    reasoning.  parse: split reasoning and tool calls out of the answer.  conversation: that it was rendered from.
     """
 
     ids: list[int]
@@ -41,6 +43,7 @@ class Prompt:
     tools: Sequence[Mapping[str, Any]] | None = None
     reasoning_open: bool = False
     parse: bool = True
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Service:
         self._thread = threading.Thread(target=scheduler.run, name="inference", daemon=True)
         # Two at a time: rendering and tokenizing are quick, and a schema's compilation must not take all cores.
         self._preparing = asyncio.Semaphore(2)
+        self._expecting: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to generate."""
@@ -205,9 +209,23 @@ class Service:
             raise BusyError("the server is shutting down, and the answer is not finished: try another one")
         for piece in text.finish():
             yield piece
+        self._look_ahead(prompt.conversation, text.said)
         reason = event.reason if text.stopped is None else "stop"
         counts = event.prompt_tokens, event.cached_tokens, event.completion_tokens
         yield Done(reason, text.stopped, *counts, text.reasoning_tokens)
+
+    def _look_ahead(self, conversation: Conversation | None, said: Said) -> None:
+        """Have a conversation ready for its next turn, later."""
+        if conversation is not None:
+            task = asyncio.create_task(self._expect(conversation, said))
+            self._expecting.add(task)  # the loop itself does not keep it
+            task.add_done_callback(self._expecting.discard)
+
+    async def _expect(self, conversation: Conversation, said: Said) -> None:
+        async with self._preparing:
+            with suppress(PromptError):  # the template would refuse the next turn
+                ids = await asyncio.to_thread(next_prefix, self.llm, conversation, said)
+                self.scheduler.expect(ids)
 
     def _render(
         self,
@@ -229,6 +247,7 @@ class Service:
             tuple(sorted(at for at in boundaries if 0 < at < len(ids))),
             tools,
             self._dialect.opens_reasoning(text) if self._dialect else text.rstrip().endswith("<think>"),
+            conversation=Conversation(messages, tools, variables),
         )
 
     def _shared(
@@ -276,6 +295,7 @@ class _AnswerText:
     ) -> None:
         self._decoder, self._stops, self._parser = decoder, StopStrings(stops), parser
         self._reasoning, self.reasoning_tokens = reasoning, 0
+        self.said = Said()
 
     @property
     def stopped(self) -> str | None:
@@ -292,14 +312,19 @@ class _AnswerText:
         self.reasoning_tokens += self._reasoning  # the marker that ends it is a part of it
         if events:
             self._reasoning = isinstance(events[-1], ReasoningDelta)
-        return events
+        return self._heard(events)
 
     def finish(self) -> list[Event]:
         events = []
         if self.stopped is None:
             text, stopped = self._stops.push(self._decoder.flush())
             events = self._parser.push(text if stopped else text + self._stops.flush())
-        return events + self._parser.finish()
+        return self._heard(events + self._parser.finish())
+
+    def _heard(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            self.said.add(event)
+        return events
 
 
 class _Verbatim:
