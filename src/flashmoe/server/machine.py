@@ -130,6 +130,8 @@ def _picture(before: _Sample, now: _Sample) -> dict[str, Any]:
         "waiting": now.jobs.waiting,
         "hits": store.total.hits,
         "misses": store.total.misses,
+        "layer_hits": [counts.hits for counts in store.layers.values()],
+        "layer_misses": [counts.misses for counts in store.layers.values()],
         "read_bytes": store.bytes_read,
         "stall_seconds": round(store.total.stall_seconds, 4),
         "memory_bytes": env.current_memory(),
