@@ -20,7 +20,7 @@ from flashmoe.server.streaming import Events, data, event_stream, named
 from flashmoe.store.activity import Activity
 from flashmoe.store.stats import CacheStats
 
-# Four pictures a second look alive.  One costs 2 ms of the interpreter with 60 layers of 512 experts, and 20 kB.
+# Four pictures a second look alive.  One costs 0.6 ms of the interpreter with 60 layers of 512 experts, and 20 kB.
 INTERVAL_SECONDS = 0.25
 
 router = APIRouter()
@@ -143,7 +143,7 @@ def _packed(rows: Iterable[bytearray]) -> str:
     """Half a byte an expert, layer after layer, the earlier expert in the low half; base64."""
     cells = b"".join(rows)
     low, high = cells[::2], cells[1::2].ljust((len(cells) + 1) // 2, b"\0")
-    # As one long number each: 30,720 experts take 30 us this way, and 2 ms one by one.
+    # As one long number each: 30,720 experts take 36 us this way, and 0.94 ms one by one.
     number = int.from_bytes(low, "big") | int.from_bytes(high, "big") << 4
     return base64.b64encode(number.to_bytes(len(low), "big")).decode()
 
