@@ -59,13 +59,14 @@ class Machine:
         self._watchers += 1
         try:
             yield named(self._shape())
-            while self._service.scheduler.accepting and self._service.alive:
+            while self._serving:
                 if self._sampling is None or self._sampling.done():
                     self._next = asyncio.get_running_loop().create_future()
                     self._sampling = asyncio.create_task(self._sample())
                 assert self._next is not None
                 # Shielded: the future is everybody's, and whoever leaves must not cancel it.
-                yield await asyncio.shield(self._next)
+                if event := await asyncio.shield(self._next):
+                    yield event
         finally:
             self._watchers -= 1
 
@@ -75,7 +76,7 @@ class Machine:
         cache.watch(activity)
         before = self._look()
         try:
-            while self._watchers:
+            while self._watchers and self._serving:
                 await asyncio.sleep(INTERVAL_SECONDS)
                 now = self._look()
                 rows = cache.picture(activity)
@@ -86,6 +87,12 @@ class Machine:
                 done.set_result(event)
         finally:
             cache.watch(None)
+            if self._next is not None and not self._next.done():
+                self._next.set_result(b"")  # nobody waits for a picture that is never taken
+
+    @property
+    def _serving(self) -> bool:
+        return self._service.scheduler.accepting and self._service.alive
 
     def _cells(self, rows: dict[int, bytearray]) -> str:
         width = max(self._layers.values(), default=0)  # every layer is sent as wide as the widest
