@@ -32,7 +32,7 @@ def _serve(bundle: Path, *options: str) -> Iterator[str]:
         yield found[0]
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0  # also with a page that still watches
+        assert process.wait(20) == 0
 
 
 @pytest.fixture(scope="session")

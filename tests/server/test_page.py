@@ -63,6 +63,8 @@ def test_the_state_tells_what_happens_and_only_while_somebody_watches(server: Ru
         while sum(event["tokens"] for event in busy) < 8:
             busy.append(next(events))
         assert sum(event["hits"] + event["misses"] for event in busy) > 0
+        for event in busy:
+            assert (sum(event["layer_hits"]), sum(event["layer_misses"])) == (event["hits"], event["misses"])
         cells = [base64.b64decode(event["experts"]) for event in busy]
         assert all(len(one) == 120 for one in cells)
         assert any(byte & 0x66 for one in cells for byte in one)  # somebody was asked for

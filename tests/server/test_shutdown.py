@@ -106,6 +106,17 @@ def test_streams_and_those_who_wait_finish_too(demo_bundle: Path) -> None:
         assert process.stderr.read() == ""
 
 
+def test_whoever_watches_the_machine_does_not_delay_the_end(demo_bundle: Path) -> None:
+    with serving(demo_bundle) as (process, url), httpx.stream("GET", url + "/v1/flashmoe/state") as watcher:
+        lines = watcher.iter_lines()
+        assert next(lines) == "event: shape"
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line.startswith("event: ")][:1] in ([], ["event: state"])
+        # The stream has ended by itself: being cut after --drain (30 s) would raise above, and last longer.
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
 def test_what_takes_too_long_is_cut(demo_bundle: Path) -> None:
     with (
         serving(demo_bundle, "--drain", "0") as (process, url),

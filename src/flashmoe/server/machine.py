@@ -20,7 +20,7 @@ from flashmoe.server.streaming import Events, data, event_stream, named
 from flashmoe.store.activity import Activity
 from flashmoe.store.stats import CacheStats
 
-# Four pictures a second look alive.  One costs 2 ms of the interpreter with 60 layers of 512 experts, and 20 kB.
+# Four pictures a second look alive.  One costs 0.6 ms of the interpreter with 60 layers of 512 experts, and 20 kB.
 INTERVAL_SECONDS = 0.25
 
 router = APIRouter()
@@ -59,13 +59,14 @@ class Machine:
         self._watchers += 1
         try:
             yield named(self._shape())
-            while self._service.scheduler.accepting and self._service.alive:
+            while self._serving:
                 if self._sampling is None or self._sampling.done():
                     self._next = asyncio.get_running_loop().create_future()
                     self._sampling = asyncio.create_task(self._sample())
                 assert self._next is not None
                 # Shielded: the future is everybody's, and whoever leaves must not cancel it.
-                yield await asyncio.shield(self._next)
+                if event := await asyncio.shield(self._next):
+                    yield event
         finally:
             self._watchers -= 1
 
@@ -75,7 +76,7 @@ class Machine:
         cache.watch(activity)
         before = self._look()
         try:
-            while self._watchers:
+            while self._watchers and self._serving:
                 await asyncio.sleep(INTERVAL_SECONDS)
                 now = self._look()
                 rows = cache.picture(activity)
@@ -86,6 +87,12 @@ class Machine:
                 done.set_result(event)
         finally:
             cache.watch(None)
+            if self._next is not None and not self._next.done():
+                self._next.set_result(b"")  # nobody waits for a picture that is never taken
+
+    @property
+    def _serving(self) -> bool:
+        return self._service.scheduler.accepting and self._service.alive
 
     def _cells(self, rows: dict[int, bytearray]) -> str:
         width = max(self._layers.values(), default=0)  # every layer is sent as wide as the widest
@@ -130,6 +137,8 @@ def _picture(before: _Sample, now: _Sample) -> dict[str, Any]:
         "waiting": now.jobs.waiting,
         "hits": store.total.hits,
         "misses": store.total.misses,
+        "layer_hits": [counts.hits for counts in store.layers.values()],
+        "layer_misses": [counts.misses for counts in store.layers.values()],
         "read_bytes": store.bytes_read,
         "stall_seconds": round(store.total.stall_seconds, 4),
         "memory_bytes": env.current_memory(),
@@ -141,7 +150,7 @@ def _packed(rows: Iterable[bytearray]) -> str:
     """Half a byte an expert, layer after layer, the earlier expert in the low half; base64."""
     cells = b"".join(rows)
     low, high = cells[::2], cells[1::2].ljust((len(cells) + 1) // 2, b"\0")
-    # As one long number each: 30,720 experts take 30 us this way, and 2 ms one by one.
+    # As one long number each: 30,720 experts take 36 us this way, and 0.94 ms one by one.
     number = int.from_bytes(low, "big") | int.from_bytes(high, "big") << 4
     return base64.b64encode(number.to_bytes(len(low), "big")).decode()
 

@@ -6,13 +6,15 @@ from collections.abc import Container, Mapping, Sequence
 
 # Bits of an expert in a picture.
 RESIDENT = 1  # in memory now
-HIT = 2  # was asked for since the last picture, and was in memory
-MISS = 4  # was asked for since the last picture, and was not
+HIT = 2  # was asked for since the last picture, and was in memory the last time
+MISS = 4  # the same, and was not
 IN_FLIGHT = 8  # is being read now
 
 
 class Activity:
-    """Marks of hits and misses, a byte for each expert, since they were taken last.
+    """How each expert's last use ended, a byte for each, since the marks were taken last.
+
+    The last use, not all: of a small model every expert misses once within a picture, whatever its hit rate is.
 
     One thread writes and another one takes, without a lock: what is marked while the marks are being taken may be
     lost, and only a picture is poorer for it.
@@ -24,10 +26,10 @@ class Activity:
         self._rows = self._empty()
 
     def asked(self, layer: int, experts: Sequence[int], resident: Container[int]) -> None:
-        """Experts were asked for; 0.1 us for each of them."""
+        """Experts were asked for; 0.04 us for each of them."""
         row = self._rows[layer]
         for expert in experts:
-            row[expert] |= HIT if expert in resident else MISS
+            row[expert] = HIT if expert in resident else MISS
 
     def take(self) -> dict[int, bytearray]:
         """layer -> marks since the last call; the caller owns them."""

@@ -81,7 +81,7 @@ export class MachinePanel {
     byId("stall").textContent = `${((100 * sum("stall_seconds")) / seconds).toFixed(0)} % of the time`;
     byId("answers").textContent = state.waiting ? `${state.running} running, ${state.waiting} wait` : `${state.running} running`;
     this.#memory(state);
-    this.#table(cells);
+    this.#table(cells, state);
   }
 
   #memory({ memory_bytes: now, peak_bytes: peak }) {
@@ -98,13 +98,13 @@ export class MachinePanel {
     meter.setAttribute("aria-valuetext", text);
   }
 
-  #table(cells) {
+  #table(cells, state) {
     const { layers, experts } = this.shape;
     const rows = layers.map((layer, i) => {
       const row = cells.subarray(i * experts, (i + 1) * experts);
       const count = (bit) => row.reduce((total, cell) => total + ((cell & bit) !== 0), 0);
-      this.counts[i][0] += count(BITS.hit);
-      this.counts[i][1] += count(BITS.miss);
+      this.counts[i][0] += state.layer_hits[i];
+      this.counts[i][1] += state.layer_misses[i];
       return [layer, count(BITS.resident), ...this.counts[i], count(BITS.flight)];
     });
     if (this.states++ % TABLE_EVERY || !byId("layers").open) return;
