@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmoe.nn.moe import Foresight
-from flashmoe.store.cache import ExpertCache, Request
+from flashmoe.store.cache import ExpertCache
+from flashmoe.store.request import Request
 
 # Reads ahead of a layer.  Between the last expert of a layer and the first request of the next the drive is idle for
 # about the time of one or two reads; more would delay what is really asked for.

@@ -6,8 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import xxhash
 
@@ -15,10 +14,9 @@ from flashmoe.errors import BudgetError, ReadError
 from flashmoe.store.activity import IN_FLIGHT, RESIDENT, Activity
 from flashmoe.store.policies.base import Policy
 from flashmoe.store.reader import ExpertReader
+from flashmoe.store.request import Ready, Request
 from flashmoe.store.slots import SlotArena
 from flashmoe.store.stats import CacheStats, LayerCounts, QueueDepth
-
-Ready = list[tuple[int, int]]  # (expert, slot)
 
 _MAX_IN_FLIGHT = 8  # records that keep the drive busy: the reader's queue depth
 # Slots through which a stream passes what it does not keep.  Many, because they also read on while the layer after is
@@ -448,45 +446,3 @@ class ExpertCache:
         self._arrived.clear()
         while self._staging:
             self._arena.give_back(self._staging.pop())
-
-
-class Request:
-    """One step's experts of one layer.  A context manager; leaving it waits for reads that were not consumed."""
-
-    __slots__ = ("_cache", "_experts", "_landing", "_layer", "hits")
-
-    def __init__(
-        self, cache: ExpertCache, layer: int, experts: Sequence[int], hits: Ready, landing: dict[int, int]
-    ) -> None:
-        self._cache, self._layer, self._experts, self._landing = cache, layer, experts, landing
-        self.hits = hits
-
-    @property
-    def outstanding(self) -> int:
-        """Reads that this request waits for."""
-        return len(self._landing)
-
-    def next_ready(self) -> Ready:
-        """Experts that have landed since the last call, at least one; [] when all have been returned.
-
-        Raises ReadError (after the request's other reads have ended) when one cannot be read.
-        """
-        while self._landing:
-            if ready := self._cache._land(self._layer, self._landing, set()):
-                return ready
-        return []
-
-    def foresee(self, layer: int, experts: Sequence[int]) -> None:
-        """Begin to read experts that a coming step will probably ask of another layer.
-
-        Call it when this request waits for little any more, so that reads that are needed hardly share the drive.
-        """
-        self._cache._foresee(layer, experts, self._layer, set(self._experts))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cache._drain(self._landing)

@@ -11,7 +11,8 @@ from flashmoe.bench.experiments.base import Plain, Variant, exchange
 from flashmoe.engine.loading import Parts
 from flashmoe.engine.lookahead import TAIL, Lookahead
 from flashmoe.nn.moe import Foresight
-from flashmoe.store.cache import ExpertCache, Request
+from flashmoe.store.cache import ExpertCache
+from flashmoe.store.request import Request
 
 
 class PreviousToken:

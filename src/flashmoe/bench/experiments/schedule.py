@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flashmoe.bench.experiments.base import Plain, Variant, exchange
 from flashmoe.engine.loading import Parts
-from flashmoe.store.cache import ExpertCache, Request
+from flashmoe.store.cache import ExpertCache
+from flashmoe.store.request import Request
 from flashmoe.store.slots import SlotArena
 
 
