@@ -12,7 +12,7 @@ import pytest
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.kv_cache import cache_shape, load_keys, load_values, store_keys, store_values
 from flashmoe.kernels.ops import Ops
-from flashmoe.nn.attention import RotaryTable
+from flashmoe.nn.rotary import Rope, RotaryTable
 
 F = np.float32
 EPS = 1e-6
@@ -87,7 +87,7 @@ def filled(rng: np.random.Generator, shape: Shape, context: int, dtype: Any) -> 
 
 
 def prepare(ops: Ops, shape: Shape, given: Layer, caches: Caches, position: int) -> np.ndarray:
-    table = RotaryTable(16 * caches[0].shape[1], shape.rotated, 10_000.0)
+    table = RotaryTable(16 * caches[0].shape[1], Rope(shape.rotated, 10_000.0))
     q = np.full((len(given.k), shape.heads, shape.dim), np.nan, F)
     ops.attention_prepare(*given, EPS, table.cos, table.sin, position, q, *caches)
     return q

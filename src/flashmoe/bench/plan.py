@@ -38,9 +38,9 @@ def model_work(
 ) -> ModelWork:
     """The work of a token from a raw config.json and describe()'s facts."""
     family = find_family(raw)
-    config, decoder, traffic = family.config(raw), family.decoder_class(), facts["traffic"]
-    recurrence, attention = decoder.float_work(config)
-    states = decoder.state_traffic(config)
+    architecture, traffic = family.architecture(family.config(raw)), facts["traffic"]
+    recurrence, attention = architecture.float_work()
+    states = architecture.state_traffic()
     parts = {
         part: Work(traffic[f"{part}_nbytes"], traffic[f"{part}_products"])
         for part in ("dense", "shared", "head", "expert")
@@ -54,7 +54,7 @@ def model_work(
         shared=parts["shared"],
         expert=parts["expert"],
         head=parts["head"],
-        position=Work(decoder.position_nbytes(config, CACHE_DTYPES[kv_cache]), 0, attention),
+        position=Work(architecture.position_nbytes(CACHE_DTYPES[kv_cache]), 0, attention),
     )
 
 

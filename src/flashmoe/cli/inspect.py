@@ -81,18 +81,17 @@ def config_of(path: Path) -> dict[str, Any]:
 
 def model_demand_of(args: argparse.Namespace, facts: dict[str, Any]) -> Demand:
     """What the planner must know, from describe()'s facts and the options path, context and kv_cache."""
-    from flashmoe.engine.loading import model_demand
+    from flashmoe.engine.loading import model_demand, with_experts_per_token
     from flashmoe.models.registry import find_family
 
     raw = config_of(args.path)
     family = find_family(raw)
+    config = with_experts_per_token(family.config(raw), facts["experts_per_token"] or None)
     return model_demand(
-        family,
-        family.config(raw),
+        family.architecture(config),
         resident_nbytes=facts["resident_nbytes"],
         record_nbytes=facts["record_nbytes"],
         experts=facts["expert_layers"] * facts["experts"],
-        experts_per_token=facts["experts_per_token"],
         context=args.context,
         kv_cache=args.kv_cache or "f16",
         embedding_nbytes=facts["embedding_nbytes"],

@@ -110,7 +110,7 @@ def _model_facts(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model_type": family.model_type,
         "layers": config.num_hidden_layers,
-        "attention_layers": sum(not config.is_linear(i) for i in range(config.num_hidden_layers)),
+        "attention_layers": family.architecture(config).attention_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "experts": config.num_experts,

@@ -30,7 +30,6 @@ from flashmoe.convert.synth_weights import TilePool, router_tiles, vector_values
 from flashmoe.convert.units import Unit, experts_units, layer_record, resident_unit, tensor_records
 from flashmoe.convert.writing import Stripes, UnitWriter, open_output
 from flashmoe.errors import BundleError, ConfigError
-from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import find_family
 
 _POOL_NBYTES = 32 << 20
@@ -91,7 +90,8 @@ class _Synthesis:
         self._raw, self._dst, self._journal, self._stripes = raw, dst, journal, stripes
         self._skew, self._seed = float(options["router_skew"]), int(options["seed"])
         self._begin(options)
-        self._config = Qwen35Config.from_dict(raw)
+        self._family = find_family(raw)
+        self._config = self._family.config(raw)
         self._outline: Outline = make_outline(raw, options["bits"])
         self._pools: dict[tuple[TileCodec, float], TilePool] = {}
         # Far larger than a record, so that the records of a layer differ; small for tiny models.
@@ -185,7 +185,7 @@ class _Synthesis:
         outline, pieces = self._outline, self._journal.pieces
         note = "random weights: for measuring speed, the text means nothing"
         return Manifest(
-            model_type=find_family(self._raw).model_type,
+            model_type=self._family.model_type,
             source={"name": source, "kind": "synth", "seed": self._seed, "router_skew": self._skew},
             quantization_note=note,
             lossless=False,

@@ -25,7 +25,7 @@ from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.sampler import Sampler
 from flashmoe.errors import PromptError
-from flashmoe.models.qwen3_5_moe import SequenceState
+from flashmoe.models.decoder import SequenceState
 from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.stats import CacheStats

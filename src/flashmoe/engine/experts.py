@@ -11,7 +11,8 @@ import numpy as np
 from flashmoe.bundle.codecs import FfnLayout
 from flashmoe.engine.lookahead import Lookahead, reads_ahead
 from flashmoe.kernels.cpu import CpuOps
-from flashmoe.nn.moe import FEW, Foresight
+from flashmoe.nn.blocks import Foresight
+from flashmoe.nn.moe import FEW
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
@@ -53,7 +54,7 @@ class _Pairs:
 
 
 class StreamedExperts:
-    """Implements nn.moe.Experts over an expert cache.  Not thread-safe.
+    """Implements nn.blocks.Experts over an expert cache.  Not thread-safe.
 
     One token: hits and the shared expert compute while misses load; results are kept apart and summed at the
     end.  Several tokens: each needed expert is visited once, in file order, and serves all its tokens.  Both sum
@@ -92,7 +93,7 @@ class StreamedExperts:
         out: F32,
         foresight: Foresight | None = None,
     ) -> None:
-        """See nn.moe.Experts."""
+        """See nn.blocks.Experts."""
         layout, group = self._layouts[layer]
         for needed in {group, shared.group}:
             self._ops.prepare(self._inputs[needed], x, needed)

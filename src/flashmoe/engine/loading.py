@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.kv_cache import CACHE_DTYPES
+from flashmoe.models.architecture import Architecture
+from flashmoe.models.config import ModelConfig
+from flashmoe.models.decoder import Decoder, SequenceState
 from flashmoe.models.fit import check_fit
-from flashmoe.models.qwen3_5_config import Qwen35Config
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies import LayeredLru
@@ -28,7 +30,6 @@ from flashmoe.store.slots import SlotArena
 
 if TYPE_CHECKING:
     from flashmoe.engine.engine import EngineOptions
-    from flashmoe.models.qwen3_5_moe import Qwen35Moe, SequenceState
 
 # A context nobody asked for should not take memory from the experts: 8,192 tokens of the 35B are 160 MiB.
 DEFAULT_CONTEXT = 8192
@@ -48,7 +49,7 @@ class Parts:
     weights: ResidentWeights
     cache: ExpertCache
     experts: StreamedExperts
-    model: Qwen35Moe
+    model: Decoder
     states: list[SequenceState]  # one for each sequence that a step can hold
     drive_bandwidth: float
     token_nbytes: int  # memory that one decoded token must read
@@ -64,16 +65,15 @@ def load(path: Path, options: EngineOptions) -> Parts:
     context = _context(config, options)
     kv_cache = _kv_cache(options)
     kv_dtype = CACHE_DTYPES[kv_cache]
-    per_token = options.experts_per_token or config.num_experts_per_tok
+    per_token = config.num_experts_per_tok
+    architecture = family.architecture(config)
     ops = CpuOps(options.threads or env.cpu_count(), options.activations)
     first, end = resident_range(bundle)
     demand = model_demand(
-        family,
-        config,
+        architecture,
         resident_nbytes=end - first + streamed_nbytes(bundle),
         record_nbytes=max((layer.record_nbytes for layer in bundle.expert_layers), default=0),
         experts=sum(layer.count for layer in bundle.expert_layers),
-        experts_per_token=per_token,
         context=context,
         kv_cache=kv_cache,
         embedding_nbytes=table_nbytes(bundle),
@@ -92,11 +92,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
     drive = measure_drive(reader, arena, _expert_files(bundle))
     weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident, options.verify_reads)
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
-    decoder = family.decoder_class()
     embed = make_embedding(bundle, weights, ops, reader, 0, plan.embedding_resident)
-    model = decoder(
-        config, weights, ops, embed=embed, context=context, experts_per_token=options.experts_per_token
-    )
+    model = Decoder(architecture, weights, ops, embed=embed, context=context)
     experts = StreamedExperts(
         ops,
         cache,
@@ -105,7 +102,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         options.lookahead,
         config.num_experts,
     )
-    token_nbytes = _token_nbytes(bundle, per_token) + decoder.state_traffic(config)
+    token_nbytes = _token_nbytes(bundle, per_token) + architecture.state_traffic()
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
     return Parts(bundle, plan, ops, reader, weights, cache, experts, model, states, drive, token_nbytes)
 
@@ -126,13 +123,11 @@ def _expert_files(bundle: Bundle) -> list[tuple[int, int, int]]:
 
 
 def model_demand(
-    family: ModelFamily,
-    config: Qwen35Config,
+    architecture: Architecture,
     *,
     resident_nbytes: int,
     record_nbytes: int,
     experts: int,
-    experts_per_token: int,
     context: int | None,
     kv_cache: str = "f16",
     embedding_nbytes: int = 0,
@@ -141,17 +136,17 @@ def model_demand(
     logit_rows: int = 1,
 ) -> memory.Demand:
     """What the planner must know of a model; context None is the default one."""
-    decoder = family.decoder_class()
+    config = architecture.config
     rows = max(sequences, 2 * logit_rows if logit_rows > 1 else 1)  # feed() copies the logits of all
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     return memory.Demand(
         resident_nbytes=resident_nbytes,
-        state_nbytes=decoder.state_nbytes(config, context, CACHE_DTYPES[kv_cache], sequences)
+        state_nbytes=architecture.state_nbytes(context, CACHE_DTYPES[kv_cache], sequences)
         + prefix_cache_nbytes,
-        workspace_nbytes=lambda tokens: decoder.workspace_nbytes(config, tokens, rows),
+        workspace_nbytes=lambda tokens: architecture.workspace_nbytes(tokens, rows),
         record_nbytes=record_nbytes,
         experts=experts,
-        min_slots=ExpertCache.min_slots(experts_per_token) if experts else 0,
+        min_slots=ExpertCache.min_slots(config.num_experts_per_tok) if experts else 0,
         context=context,
         embedding_nbytes=embedding_nbytes,
         kv_cache=kv_cache,
@@ -159,7 +154,7 @@ def model_demand(
     )
 
 
-def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen35Config:
+def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> ModelConfig:
     if options.io not in _IO_MODES:
         raise ConfigError(f"unknown --io {options.io!r}: choose auto, direct or buffered")
     for name in ("context", "threads", "experts_per_token", "prefill_chunk", "expert_slots"):
@@ -174,12 +169,16 @@ def _config(family: ModelFamily, bundle: Bundle, options: EngineOptions) -> Qwen
         raise ConfigError(
             f"unknown --lookahead {options.lookahead!r}: choose one of {', '.join(LOOKAHEAD_MODES)}"
         )
-    config = family.config(bundle.config)
-    if options.experts_per_token is not None and options.experts_per_token > config.num_experts:
-        raise ConfigError(
-            f"--experts-per-token {options.experts_per_token}: the model has {config.num_experts} experts"
-        )
-    return config
+    return with_experts_per_token(family.config(bundle.config), options.experts_per_token)
+
+
+def with_experts_per_token(config: ModelConfig, wanted: int | None) -> ModelConfig:
+    """The model with so many experts a token; None is its own number.  Raises ConfigError when it has fewer."""
+    if wanted is None:
+        return config
+    if wanted > config.num_experts:
+        raise ConfigError(f"--experts-per-token {wanted}: the model has {config.num_experts or 'no'} experts")
+    return replace(config, num_experts_per_tok=wanted)
 
 
 def _kv_cache(options: EngineOptions) -> str:
@@ -189,7 +188,7 @@ def _kv_cache(options: EngineOptions) -> str:
     return name
 
 
-def _context(config: Qwen35Config, options: EngineOptions) -> int:
+def _context(config: ModelConfig, options: EngineOptions) -> int:
     most = config.max_position_embeddings
     if options.context is not None and options.context > most:
         raise ConfigError(f"--context {options.context} is longer than the model's {most} positions")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashmoe.nn.moe import Foresight
+from flashmoe.nn.blocks import Foresight
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.request import Request
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engine.prefix_cache import PrefixCache
-from flashmoe.models.qwen3_5_moe import SequenceState
+from flashmoe.models.decoder import SequenceState
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashmoe.engine.snapshot import Arrays, copied, load, save
-from flashmoe.models.qwen3_5_moe import SequenceState
+from flashmoe.models.decoder import SequenceState
 
 _SUFFIX = ".prefix"
 _WRITES = 2  # snapshots that may wait for the drive; more are not written, only kept in memory

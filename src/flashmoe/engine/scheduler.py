@@ -17,7 +17,7 @@ from flashmoe.engine.places import Places
 from flashmoe.engine.prefix_cache import PrefixCache
 from flashmoe.engine.sampler import Sampler, top_logprobs
 from flashmoe.errors import BusyError, FlashmoeError, PromptError, ReadError
-from flashmoe.models.qwen3_5_moe import SequenceState
+from flashmoe.models.decoder import SequenceState
 from flashmoe.nn.weights import F32
 
 # A step that carries a prompt's piece beside running answers should not keep these waiting for longer.

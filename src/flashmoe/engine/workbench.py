@@ -86,14 +86,13 @@ class Workbench:
     def always_nbytes(self, sequences: int) -> int:
         """Bytes that one decoded token of each of so many sequences reads at least, apart from routed experts."""
         parts = self._parts
-        config, model = parts.model.config, type(parts.model)
         routed = sum(self._per_token * layer.ffn.nbytes for layer in parts.bundle.expert_layers)
-        states = model.state_traffic(config)
+        states = parts.model.architecture.state_traffic()
         return parts.token_nbytes - routed + (sequences - 1) * states
 
     @property
     def _per_token(self) -> int:
-        return self.engine._options.experts_per_token or self._parts.model.config.num_experts_per_tok
+        return self._parts.model.config.num_experts_per_tok
 
     def step_nbytes(self, context: int) -> int:
         """Bytes of weights, states, keys and values that one decoded token reads at least."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.errors import BundleError
-from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.models.config import ModelConfig
 from flashmoe.models.registry import ModelFamily
 from flashmoe.models.spec import FfnSpec, Spec, VectorSpec
 
 
-def check_fit(bundle: Bundle, family: ModelFamily, config: Qwen35Config) -> None:
+def check_fit(bundle: Bundle, family: ModelFamily, config: ModelConfig) -> None:
     """Raise BundleError when manifest and config.json speak of different models, layers or sizes."""
     if bundle.model_type != family.model_type:
         raise BundleError(

@@ -9,43 +9,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashmoe.errors import ConfigError
-from flashmoe.models.qwen3_5_config import Qwen35Config
+from flashmoe.models.architecture import Architecture
+from flashmoe.models.config import ModelConfig
 from flashmoe.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A family of models that one forward pass computes.
+    """A family of models: what the manifest records as ``model_type``, and the module of this package that holds
 
-    ``model_type`` is what the manifest records; ``names`` is the module of its name map and ``decoder`` the
-    forward pass as "module:Class".
+    its ``Config`` (a ModelConfig), ``model_spec(config)`` (the tensors) and ``layers(config)`` (the blocks).
     """
 
     model_type: str
-    names: str
-    decoder: str
+    module: str
 
-    def config(self, raw: Mapping[str, Any]) -> Qwen35Config:
+    def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """Check config.json; raises ConfigError."""
-        return Qwen35Config.from_dict(raw)
+        config = self._import().Config.from_dict(raw)
+        assert isinstance(config, ModelConfig)
+        return config
 
-    def spec(self, config: Qwen35Config) -> ModelSpec:
+    def spec(self, config: ModelConfig) -> ModelSpec:
         """The tensors of the model."""
-        spec = importlib.import_module(self.names).model_spec(config)
+        spec = self._import().model_spec(config)
         assert isinstance(spec, ModelSpec)
         return spec
 
-    def decoder_class(self) -> Any:
-        """The class of the forward pass (imports the kernels)."""
-        module, name = self.decoder.split(":")
-        return getattr(importlib.import_module(module), name)
+    def architecture(self, config: ModelConfig) -> Architecture:
+        """The blocks of the model."""
+        return Architecture(config, self._import().layers(config))
+
+    def _import(self) -> Any:
+        return importlib.import_module(f"flashmoe.models.{self.module}")
 
 
-_QWEN35 = ModelFamily("qwen3_5_moe", "flashmoe.models.qwen3_5_names", "flashmoe.models.qwen3_5_moe:Qwen35Moe")
-_QWEN_NEXT = ModelFamily(
-    "qwen3_next", "flashmoe.models.qwen3_next_names", "flashmoe.models.qwen3_5_moe:Qwen35Moe"
-)
-FAMILIES = {"qwen3_5_moe": _QWEN35, "qwen3_5_moe_text": _QWEN35, "qwen3_next": _QWEN_NEXT}
+_QWEN35 = ModelFamily("qwen3_5_moe", "qwen3_5_moe")
+FAMILIES = {
+    "qwen3_5_moe": _QWEN35,
+    "qwen3_5_moe_text": _QWEN35,
+    "qwen3_next": ModelFamily("qwen3_next", "qwen3_next"),
+}
 
 
 def find_family(raw: Mapping[str, Any]) -> ModelFamily:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from flashmoe.kernels.kv_cache import POSITIONS, cache_shape
+from flashmoe.nn.blocks import MixerShape
+from flashmoe.nn.rotary import Rope, RotaryTable, RotaryTables
 from flashmoe.nn.weights import F32, Weights
 from flashmoe.nn.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(MixerShape):
     """Sizes of one layer.  Query head h reads key/value head h // (heads // kv_heads)."""
 
     hidden: int
@@ -24,26 +26,63 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     eps: float
+    rope: Rope
 
+    prefix: ClassVar[str] = "self_attn."
 
-class RotaryTable:
-    """cos and sin of every position and frequency, float32 [context, rotated // 2] (Su et al., arXiv 2104.09864).
+    @property
+    def width(self) -> int:
+        """Of all query heads together."""
+        return self.heads * self.head_dim
 
-    Angles are rounded to float32 before the cosine, as the reference implementation does: at position 1,500 the
-    difference to exact angles is already 1e-4.
-    """
+    @property
+    def kv_width(self) -> int:
+        """Of all key heads together."""
+        return self.kv_heads * self.head_dim
 
-    def __init__(self, context: int, rotated: int, theta: float) -> None:
-        exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-        inverse = (np.float32(1) / np.float32(theta) ** exponents).astype(np.float32)
-        angles = np.arange(context, dtype=np.float32)[:, None] * inverse[None, :]
-        self.cos: F32 = np.cos(angles)
-        self.sin: F32 = np.sin(angles)
+    def widest(self) -> int:
+        """The output projection's input."""
+        return self.width
 
-    @staticmethod
-    def nbytes_of(context: int, rotated: int) -> int:
-        """Bytes of both tables."""
-        return 4 * context * rotated
+    def build(self, weights: Weights, prefix: str, rotary: RotaryTables, ops: Any) -> GatedAttention:
+        """The block."""
+        return GatedAttention(weights, prefix, self, rotary.of(self.rope), ops)
+
+    def new_state(self, context: int, kv_dtype: DTypeLike) -> KeyValueCache:
+        """An empty cache or state."""
+        return KeyValueCache(self, context, kv_dtype)
+
+    def state_nbytes(self, context: int, kv_dtype: DTypeLike) -> int:
+        """Bytes of one layer's."""
+        size = prod(cache_shape(self.kv_heads, context, self.head_dim, kv_dtype))
+        return 2 * size * np.dtype(kv_dtype).itemsize
+
+    def ropes(self) -> tuple[Rope, ...]:
+        """One for queries and keys."""
+        return (self.rope,)
+
+    def kernel_nbytes(self, context: int) -> int:
+        """A token's results for each 256 keys are kept apart."""
+        tasks = self.kv_heads * -(-self.heads // (8 * self.kv_heads))
+        return tasks * -(-context // 256) * 8 * 4 * (-(-self.head_dim // 16) * 16 + 2)
+
+    def position_nbytes(self, kv_dtype: DTypeLike) -> int:
+        """A key and a value."""
+        return 2 * self.kv_width * np.dtype(kv_dtype).itemsize
+
+    def float_work(self) -> tuple[int, int]:
+        """See MixerShape."""
+        return 0, 2 * self.width
+
+    def buffers(self) -> Mapping[str, int]:
+        """See MixerShape."""
+        return {
+            "q_gate": 2 * self.width,
+            "k": self.kv_width,
+            "v": self.kv_width,
+            "q": self.width,
+            "mixed": self.width,
+        }
 
 
 class KeyValueCache:
@@ -59,18 +98,6 @@ class KeyValueCache:
     def position_nbytes(self) -> int:
         """Bytes of one position's keys and values."""
         return int((self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1]))
-
-    @staticmethod
-    def nbytes_of(shape: AttentionShape, context: int, dtype: DTypeLike) -> int:
-        """Bytes of one layer's cache when the context is full."""
-        size = prod(cache_shape(shape.kv_heads, context, shape.head_dim, dtype))
-        return 2 * size * np.dtype(dtype).itemsize
-
-    @staticmethod
-    def parts_nbytes(shape: AttentionShape, context: int) -> int:
-        """Bytes in which the kernels keep a token's results for each 256 keys, once for all layers."""
-        tasks = shape.kv_heads * -(-shape.heads // (8 * shape.kv_heads))
-        return tasks * -(-context // 256) * 8 * 4 * (-(-shape.head_dim // 16) * 16 + 2)
 
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of the blocks that hold the first `position` positions."""
@@ -91,7 +118,7 @@ class GatedAttention:
     def __init__(
         self, weights: Weights, prefix: str, shape: AttentionShape, rotary: RotaryTable, ops: Any
     ) -> None:
-        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        width, kv_width = shape.width, shape.kv_width
         self._shape, self._rotary, self._ops = shape, rotary, ops
         self._projections = [
             weights.matrix(prefix + "q_proj", 2 * width, shape.hidden),  # per head: query, then gate
@@ -105,7 +132,7 @@ class GatedAttention:
     def __call__(self, x: F32, parts: Sequence[CachePart], work: Workspace, out: F32) -> None:
         """x, out: [tokens, hidden], of one sequence after the other."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
-        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        width, kv_width = shape.width, shape.kv_width
         q_gate = work.get("q_gate", (tokens, 2 * width))
         k = work.get("k", (tokens, kv_width))
         v = work.get("v", (tokens, kv_width))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from flashmoe.nn.blocks import MixerShape
+from flashmoe.nn.rotary import RotaryTables
 from flashmoe.nn.weights import F32, Weights
 from flashmoe.nn.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class DeltaNetShape:
+class DeltaNetShape(MixerShape):
     """Sizes of one layer.  Value head h uses key head h // (value_heads // key_heads)."""
 
     hidden: int
@@ -24,6 +27,8 @@ class DeltaNetShape:
     conv_kernel: int
     eps: float
 
+    prefix: ClassVar[str] = "linear_attn."
+
     @property
     def channels(self) -> int:
         """Convolved channels: queries, keys and values side by side."""
@@ -33,6 +38,45 @@ class DeltaNetShape:
     def values(self) -> int:
         """Width of all value heads together."""
         return self.value_heads * self.value_dim
+
+    def widest(self) -> int:
+        """The output projection's input."""
+        return self.values
+
+    def build(self, weights: Weights, prefix: str, rotary: RotaryTables, ops: Any) -> GatedDeltaNet:
+        """The block."""
+        return GatedDeltaNet(weights, prefix, self, ops)
+
+    def new_state(self, context: int, kv_dtype: DTypeLike) -> DeltaNetState:
+        """An empty cache or state."""
+        return DeltaNetState.zeros(self)
+
+    def state_nbytes(self, context: int, kv_dtype: DTypeLike) -> int:
+        """Bytes of one layer's."""
+        memory = self.value_heads * self.key_dim * self.value_dim
+        return 4 * ((self.conv_kernel - 1) * self.channels + memory)
+
+    def state_traffic(self) -> int:
+        """Read and written once."""
+        return 2 * self.state_nbytes(0, np.float32)
+
+    def float_work(self) -> tuple[int, int]:
+        """See MixerShape."""
+        return 4 * self.value_heads * self.key_dim * self.value_dim, 0
+
+    def buffers(self) -> Mapping[str, int]:
+        """See MixerShape."""
+        return {
+            "qkv": self.channels,
+            "z": self.values,
+            "b": self.value_heads,
+            "a": self.value_heads,
+            "mixed": self.channels,
+        }
+
+    def scratch(self, tokens: int) -> int:
+        """Keys and queries of 256 tokens, one pair a value head."""
+        return 2 * self.value_heads * (self.key_dim + 4) * min(tokens, 256)
 
 
 @dataclass
@@ -49,12 +93,6 @@ class DeltaNetState:
             np.zeros((shape.conv_kernel - 1, shape.channels), np.float32),
             np.zeros((shape.value_heads, shape.key_dim, shape.value_dim), np.float32),
         )
-
-    @staticmethod
-    def nbytes_of(shape: DeltaNetShape) -> int:
-        """Bytes of one layer's state."""
-        memory = shape.value_heads * shape.key_dim * shape.value_dim
-        return 4 * ((shape.conv_kernel - 1) * shape.channels + memory)
 
     def arrays(self, position: int) -> list[F32]:
         """All of it, whatever the position."""
@@ -86,9 +124,9 @@ class GatedDeltaNet:
         self._norm = weights.vector(prefix + "norm", shape.value_dim)
 
     def __call__(
-        self, x: F32, parts: Sequence[tuple[DeltaNetState, slice]], work: Workspace, out: F32
+        self, x: F32, parts: Sequence[tuple[DeltaNetState, int, slice]], work: Workspace, out: F32
     ) -> None:
-        """x, out: [tokens, hidden], of one sequence after the other; parts: each one's state and rows."""
+        """x, out: [tokens, hidden], of one sequence after the other; parts: each one's state, position and rows."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         qkv = work.get("qkv", (tokens, shape.channels))
         z = work.get("z", (tokens, shape.value_heads, shape.value_dim))
@@ -96,11 +134,11 @@ class GatedDeltaNet:
         a = work.get("a", (tokens, shape.value_heads))
         ops.linear(x, self._projections, [qkv, z, b, a])
         mixed = work.get("mixed", (tokens, shape.channels))
-        for state, rows in parts:
+        for state, _, rows in parts:
             ops.causal_conv1d(qkv[rows], self._conv, state.conv, mixed[rows])
         # The projections have been consumed: the recurrence may write over them.
         read = work.get("qkv", (tokens, shape.value_heads, shape.value_dim))
-        for state, rows in parts:
+        for state, _, rows in parts:
             ops.gated_delta_rule(
                 mixed[rows],
                 a[rows],

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from flashmoe.nn.weights import F32, I32, Weights
+from flashmoe.nn.blocks import Experts, FfnShape, Foresight
+from flashmoe.nn.weights import F32, Weights
 from flashmoe.nn.workspace import Workspace
+
+# Tokens of a step whose experts are computed as they land, and foretold for the next layer: sequences that are decoded
+# together.  More are a prompt, and visit the experts in file order.
+FEW = 16
 
 
 @dataclass(frozen=True)
-class MoeShape:
+class MoeShape(FfnShape):
     """Sizes of one layer."""
 
     hidden: int
@@ -22,36 +26,44 @@ class MoeShape:
     intermediate: int
     shared_intermediate: int
 
+    def widest(self) -> int:
+        """The shared expert's rows between its products."""
+        return self.shared_intermediate
 
-# Tokens of a step whose experts are computed as they land, and foretold for the next layer: sequences that are decoded
-# together.  More are a prompt, and visit the experts in file order.
-FEW = 16
+    def hidden_rows(self) -> int:
+        """Of the larger kind of expert."""
+        return max(self.intermediate, self.shared_intermediate)
 
-# What a coming layer will probably ask for: (layer, experts, the most probable first).
-Foresight = Callable[[], tuple[int, list[int]]]
+    def build(self, weights: Weights, prefix: str, layer: int, ops: Any) -> SparseMoe:
+        """Router and experts."""
+        return SparseMoe(weights, prefix, layer, self, ops)
+
+    def workspace(self, tokens: int) -> int:
+        """Logits, choices and weights; results of experts where they are kept apart."""
+        each = self.experts + 3 * self.experts_per_token + 2
+        if tokens <= FEW:  # results of experts kept apart, as they land in any order
+            each += (self.experts_per_token + 1) * self.hidden
+        return each
 
 
-class Experts(Protocol):
-    """Whoever holds the routed experts: in memory, on a drive, on another device."""
+@dataclass(frozen=True)
+class DenseShape(FfnShape):
+    """Sizes of a feed-forward block without experts."""
 
-    def run(
-        self,
-        layer: int,
-        x: F32,
-        chosen: I32,
-        weights: F32,
-        shared: Any,
-        shared_weights: F32,
-        out: F32,
-        foresight: Foresight | None = None,
-    ) -> None:
-        """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]).
+    hidden: int
+    intermediate: int
 
-        x, out: [tokens, hidden]; chosen, weights: [tokens, k]; shared_weights: [tokens].  The sum runs over the
-        shared expert first and then over ascending expert numbers, whatever is in memory, so that the result
-        never depends on it; nor does it on `foresight`, which may be asked while there is nothing else to do.
-        Raises ReadError when an expert cannot be read.
-        """
+    def widest(self) -> int:
+        """Its rows between the products."""
+        return self.intermediate
+
+    def hidden_rows(self) -> int:
+        """All of them."""
+        return self.intermediate
+
+    def build(self, weights: Weights, prefix: str, layer: int, ops: Any) -> DenseMlp:
+        """The record."""
+        return DenseMlp(weights, prefix, self, ops)
 
 
 class SparseMoe:
@@ -97,8 +109,8 @@ class SparseMoe:
 class DenseMlp:
     """A layer without experts: one feed-forward block for every token."""
 
-    def __init__(self, weights: Weights, prefix: str, hidden: int, intermediate: int, ops: Any) -> None:
-        self._record = weights.ffn(prefix + "dense", hidden, intermediate)
+    def __init__(self, weights: Weights, prefix: str, shape: DenseShape, ops: Any) -> None:
+        self._record = weights.ffn(prefix + "dense", shape.hidden, shape.intermediate)
         self._ops, self._input = ops, ops.token_input()
 
     def __call__(

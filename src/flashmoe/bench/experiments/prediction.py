@@ -10,7 +10,7 @@ from typing import cast
 from flashmoe.bench.experiments.base import Plain, Variant, exchange
 from flashmoe.engine.loading import Parts
 from flashmoe.engine.lookahead import TAIL, Lookahead
-from flashmoe.nn.moe import Foresight
+from flashmoe.nn.blocks import Foresight
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.request import Request
 

@@ -1,4 +1,4 @@
-"""Name map of qwen3_next: qwen3_5_moe but for the linear-attention input projections.
+"""Qwen3-Next (`qwen3_next`): Qwen3.5-MoE but for the linear-attention input projections.
 
 They are stored as two matrices whose rows are grouped per key head; picking rows turns them into the four
 flat matrices of qwen3_5_moe, so one forward pass serves both.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flashmoe.models.qwen3_5_config import Qwen35Config
-from flashmoe.models.qwen3_5_names import assemble
+from flashmoe.models.qwen3_5_config import Qwen35Config as Config
+from flashmoe.models.qwen3_5_moe import layers
+from flashmoe.models.qwen3_5_names import assemble_qwen
 from flashmoe.models.spec import MatrixSource, MatrixSpec, ModelSpec, Role, Spec
 
+__all__ = ["Config", "layers", "model_spec"]
 
-def model_spec(config: Qwen35Config) -> ModelSpec:
+
+def model_spec(config: Config) -> ModelSpec:
     """All tensors of a qwen3_next bundle."""
-    return assemble(config, _linear_projections)
+    return assemble_qwen(config, _linear_projections)
 
 
-def _linear_projections(config: Qwen35Config, prefix: str) -> Iterator[Spec]:
+def _linear_projections(config: Config, prefix: str) -> Iterator[Spec]:
     heads, per_head = (
         config.linear_num_key_heads,
         config.linear_num_value_heads // config.linear_num_key_heads,
