@@ -51,7 +51,18 @@ def demo_llm(demo_bundle: Path) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def random_schemas() -> ModuleType:
     """tools/random_schemas.py."""
-    spec = importlib.util.spec_from_file_location("random_schemas", _ROOT / "tools" / "random_schemas.py")
+    return _module(_ROOT / "tools" / "random_schemas.py")
+
+
+@pytest.fixture(scope="session")
+def quantized_forms() -> ModuleType:
+    """tests/golden/quantized_forms.py."""
+    return _module(_ROOT / "tests" / "golden" / "quantized_forms.py")
+
+
+def _module(file: Path) -> ModuleType:
+    """A Python file that is part of no package."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

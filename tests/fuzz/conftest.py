@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -10,11 +11,14 @@ import sysconfig
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from safetensors.numpy import load_file
 
 from flashmoe import cgroups, env
 from flashmoe.convert import convert
@@ -96,6 +100,28 @@ def contained(witness: Witness) -> Callable[[Path, Callable[[], object]], str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLX checkpoint in one file."""
     return Path(shutil.copytree(GOLDEN / "mlx_q4", tmp_path_factory.mktemp("fuzz") / "source"))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory, quantized_forms: ModuleType) -> Callable[[str], Path]:
+    """A small model with its projections in one of the forms of tests/golden/quantized_forms.py."""
+    folder, plain = tmp_path_factory.mktemp("quantized"), GOLDEN / "hf_text_f32"
+
+    @cache
+    def make(form: str) -> Path:
+        tensors, config = {}, json.loads((plain / "config.json").read_text())
+        for name, values in load_file(plain / "model.safetensors").items():
+            if name.endswith("proj.weight"):
+                packed = quantized_forms.make(form, *values.shape)
+                module = name.removesuffix(".weight")
+                tensors |= {f"{module}{end}": tensor for end, tensor in packed.tensors.items()}
+                config["quantization_config"] = packed.config
+            else:
+                tensors[name] = quantized_forms.stored(values, "F32")
+        path: Path = quantized_forms.write_checkpoint(folder / form / "source", tensors, config)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

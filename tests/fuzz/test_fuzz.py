@@ -271,6 +271,34 @@ def test_header_of_a_checkpoint(source: Path, contained: Contained, data: st.Dat
         use_checkpoint(contained, files.path)
 
 
+@pytest.mark.parametrize(
+    "form", ["fp8 block", "int8 channel", "gptq act-order", "awq", "packed int4", "nvfp4"]
+)
+@budget(15)
+@given(data=st.data())
+def test_header_of_a_quantised_checkpoint(
+    quantized: Callable[[str], Path], contained: Contained, form: str, data: st.DataObject
+) -> None:
+    with Files(quantized(form)) as files:
+        file = files.path / "model.safetensors"
+        text = data.draw(changed(header_text(file)))
+        file.write_bytes(with_header(file.read_bytes(), text, data.draw))
+        use_checkpoint(contained, files.path)
+
+
+@budget(60)
+@given(data=st.data())
+def test_quantisation_of_a_checkpoint(
+    quantized: Callable[[str], Path], contained: Contained, data: st.DataObject
+) -> None:
+    with Files(quantized(data.draw(st.sampled_from(["fp8 block", "gptq", "awq", "packed int4"])))) as files:
+        file = files.path / "config.json"
+        config = json.loads(file.read_text())
+        text = data.draw(changed(json.dumps(config.pop("quantization_config")).encode()))
+        file.write_bytes(json.dumps(config).encode()[:-1] + b', "quantization_config": ' + text + b"}")
+        use_checkpoint(contained, files.path)
+
+
 @budget(100)
 @given(data=st.data())
 def test_index_of_a_checkpoint(sharded: Path, contained: Contained, data: st.DataObject) -> None:

@@ -1,12 +1,14 @@
-"""Other people's files in: safetensors checkpoints as Hugging Face and MLX write them."""
+"""Other people's files in: checkpoints as Hugging Face, MLX and quantisers write them."""
 
 from flashmoe.checkpoint.checkpoint import Checkpoint, Skipped, read_config
-from flashmoe.checkpoint.matrices import AffineMatrix, AffineRows, FloatMatrix, Matrix, Run
+from flashmoe.checkpoint.matrices import AffineMatrix, AffineRows, CodedMatrix, FloatMatrix, Matrix
+from flashmoe.checkpoint.tensors import Run
 
 __all__ = [
     "AffineMatrix",
     "AffineRows",
     "Checkpoint",
+    "CodedMatrix",
     "FloatMatrix",
     "Matrix",
     "Run",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,16 +12,23 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from flashmoe.checkpoint.detect import Tensors
 from flashmoe.checkpoint.dtypes import F32
 from flashmoe.checkpoint.header import Header, TensorEntry, read_header
-from flashmoe.checkpoint.matrices import FLOAT_TYPES, AffineMatrix, FloatMatrix, Matrix, TensorRef, raw_to_f32
+from flashmoe.checkpoint.matrices import Matrix
 from flashmoe.checkpoint.pread import read_exact
+from flashmoe.checkpoint.quantization import read_quantization
+from flashmoe.checkpoint.tensors import FLOAT_TYPES, TensorRef, raw_to_f32
 from flashmoe.errors import CheckpointError
 
 # What stands before the text model's names: multimodal Hugging Face, MLX, text-only Hugging Face.
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 # Parts of multimodal and multi-token-prediction checkpoints that text generation does not use.
 _SKIPPED = ("mtp.", "visual.", "vision_tower.")
+# What quantisers write beside the weights and no reader of these needs: shapes, scales of activations.
+_SKIPPED_ENDS = (
+    ".weight_shape", ".input_scale", ".input_global_scale", ".input_zero_point", ".k_scale", ".v_scale",
+)  # fmt: skip
 _SAMPLE = 4096  # bytes of each content sample of a fingerprint
 _SAMPLES = 16
 
@@ -47,7 +53,8 @@ class Checkpoint:
         self.skipped: list[Skipped] = []
         self._collect()
         self.kind: Literal["hf", "mlx"] = self._detect_kind()
-        self._overrides = _quantization(config)
+        quantization = read_quantization(config, lambda key: canonical_name(key)[0])
+        self._forms = Tensors(str(path), self.tensors, quantization)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -79,30 +86,19 @@ class Checkpoint:
         return values
 
     def has(self, module: str) -> bool:
-        """True when the matrix ``module`` exists, with or without ``.weight``."""
-        return module in self.tensors or f"{module}.weight" in self.tensors
+        """True when the matrix ``module`` exists in some form."""
+        return self._forms.has(module)
 
     def matrix(self, module: str, rows: int, cols: int) -> Matrix:
         """The matrix of ``module`` with leading dimensions flattened to ``rows``.
 
         Raises CheckpointError when it is missing, of another size, or quantised in an unknown way.
         """
-        weight = self.ref(module if module in self.tensors else f"{module}.weight")
-        shape = weight.entry.shape
-        found_rows = math.prod(shape[:-1]) if len(shape) > 1 else 0
-        if f"{module}.scales" in self.tensors:
-            matrix: Matrix = self._affine(module, weight, rows, cols)
-        else:
-            if weight.entry.dtype not in FLOAT_TYPES:
-                raise CheckpointError(
-                    f"{weight.where} has the type {weight.entry.dtype}: use the bf16 or MLX variant"
-                )
-            matrix = FloatMatrix(weight, rows, _last(shape))
-        if found_rows != rows or matrix.cols != cols:
-            raise CheckpointError(
-                f"{weight.where} is {list(shape)}, [{rows}, {cols}] wanted: check config.json"
-            )
-        return matrix
+        return self._forms.matrix(module, rows, cols)
+
+    def ref(self, name: str) -> TensorRef:
+        """The tensor of a canonical name; raises CheckpointError when it is missing."""
+        return self._forms.ref(name)
 
     def fingerprint(self, shard: str) -> str:
         """16 hex digits over a shard's name, header and 16 samples of its data; any copy of it agrees."""
@@ -143,33 +139,6 @@ class Checkpoint:
                 return "mlx" if ref.entry.shape[-1] == 1 else "hf"
         return "mlx" if any(h.metadata.get("format") == "mlx" for h in self.headers.values()) else "hf"
 
-    def _affine(self, module: str, weight: TensorRef, rows: int, cols: int) -> AffineMatrix:
-        scales, biases = self.ref(f"{module}.scales"), self.ref(f"{module}.biases")
-        words, groups = _last(weight.entry.shape), _last(scales.entry.shape)
-        bits, group = words * 32 // cols, cols // max(groups, 1)
-        _check_affine(weight, scales, biases, (bits, group), (rows, cols))
-        stated = self._stated(module, weight.entry.name)
-        if stated is not None and stated != (bits, group):
-            raise CheckpointError(
-                f"{weight.where} has {bits} bits in groups of {group}, config.json says {stated}:"
-                " download both again"
-            )
-        return AffineMatrix(weight, scales, biases, rows, cols, bits, group)
-
-    def _stated(self, module: str, original: str) -> tuple[int, int] | None:
-        """(bits, group) that config.json states for a module, overrides by either spelling first."""
-        default = self._overrides.get("")
-        return self._overrides.get(original.removesuffix(".weight"), self._overrides.get(module, default))
-
-    def ref(self, name: str) -> TensorRef:
-        """The tensor of a canonical name; raises CheckpointError when it is missing."""
-        ref = self.tensors.get(name)
-        if ref is None:
-            raise CheckpointError(
-                f"{self.path} has no tensor {name!r}: download the checkpoint again, all of it"
-            )
-        return ref
-
 
 def canonical_name(original: str) -> tuple[str, str | None]:
     """The name without the checkpoint's prefix, and the skipped prefix it falls under, if any."""
@@ -181,6 +150,9 @@ def canonical_name(original: str) -> tuple[str, str | None]:
     for part in _SKIPPED:
         if name.startswith(part):
             return name, original[: len(original) - len(name)] + part
+    for end in _SKIPPED_ENDS:
+        if name.endswith(end):
+            return name, f"*{end}"
     return name, None
 
 
@@ -215,10 +187,6 @@ def header_from_json(value: Any) -> Header:
     return Header({e.name: e for e in entries}, value["metadata"], value["file_nbytes"])
 
 
-def _last(shape: tuple[int, ...]) -> int:
-    return shape[-1] if shape else 0
-
-
 def _shard_names(path: Path) -> list[str]:
     index = path / "model.safetensors.index.json"
     if not index.exists():
@@ -245,49 +213,3 @@ def _shard_names(path: Path) -> list[str]:
                 f"{path / name} is missing: download it again (the index names {len(names)} files)"
             )
     return names
-
-
-def _check_affine(
-    weight: TensorRef, scales: TensorRef, biases: TensorRef, form: tuple[int, int], size: tuple[int, int]
-) -> None:
-    (bits, group), (rows, cols) = form, size
-    lead = weight.entry.shape[:-1]
-    fits = (
-        weight.entry.dtype == "U32"
-        and bits in (2, 3, 4, 5, 6, 8)
-        and group in (32, 64, 128)
-        and weight.entry.shape == (*lead, cols * bits // 32)
-        and scales.entry.shape == biases.entry.shape == (*lead, cols // group)
-        and cols % group == 0
-        and {scales.entry.dtype, biases.entry.dtype} <= set(FLOAT_TYPES)
-    )
-    if not fits:
-        raise CheckpointError(
-            f"{weight.where} {weight.entry.dtype} {list(weight.entry.shape)}"
-            f" with scales {list(scales.entry.shape)} is"
-            f" no MLX affine form of [{rows}, {cols}]: use an affine 2 to 8 bit or a bf16 variant"
-        )
-
-
-def _quantization(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Module path -> (bits, group) as config.json states them; the key '' is the default."""
-    stated: dict[str, tuple[int, int]] = {}
-    table = config.get("quantization", config.get("quantization_config"))
-    if not isinstance(table, dict):
-        return stated
-    method = None if "quantization" in config else table.get("quant_method")
-    if method is not None or table.get("mode", "affine") != "affine":
-        kind = method or table.get("mode")
-        raise CheckpointError(
-            f"config.json says {reprlib.repr(kind)} quantisation, which flashmoe does not read: use bf16 or MLX affine"
-        )
-    for key, value in {"": table, **table}.items():
-        if (
-            isinstance(value, dict)
-            and type(value.get("bits")) is int
-            and type(value.get("group_size")) is int
-        ):
-            form = value["bits"], value["group_size"]
-            stated[key] = form
-            stated.setdefault(canonical_name(key)[0], form)
-    return stated

@@ -1,49 +1,18 @@
-"""Matrices of a checkpoint, read a few rows at a time: plain floats, or MLX affine codes."""
+"""Matrices of a checkpoint, read a few rows at a time: values, or codes with a scale and bias per group."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flashmoe.checkpoint.dtypes import F32, half_to_f32
-from flashmoe.checkpoint.header import DTYPE_NBYTES, TensorEntry
-from flashmoe.checkpoint.pread import read_exact
-from flashmoe.errors import CheckpointError
+from flashmoe.checkpoint.dtypes import F32
+from flashmoe.checkpoint.tensors import FLOAT_TYPES, U8, Run, TensorRef, raw_to_f32
 
-U8 = NDArray[np.uint8]
-Run = tuple[int, int]  # (first row, number of rows), leading dimensions flattened
-FLOAT_TYPES = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor of a checkpoint: its place, its shard and the name it has there."""
-
-    entry: TensorEntry
-    shard: Path
-
-    @property
-    def where(self) -> str:
-        """How messages name it: file and tensor."""
-        return f"{self.shard}: tensor {self.entry.name!r}"
-
-    def read_rows(self, runs: Sequence[Run]) -> NDArray[Any]:
-        """The rows of ``runs``, in their order, raw: u8 [rows, bytes of a row]."""
-        row_nbytes = self.entry.shape[-1] * DTYPE_NBYTES[self.entry.dtype]
-        parts = [
-            read_exact(
-                self.shard, self.entry.offset + start * row_nbytes, count * row_nbytes, keep_cached=False
-            )
-            for start, count in runs
-        ]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return joined.reshape(-1, row_nbytes)
+ScaleType = Literal["BF16", "F16", "F32"]
 
 
 class AffineRows(NamedTuple):
@@ -62,28 +31,93 @@ class AffineRows(NamedTuple):
         return out.reshape(rows, -1)
 
 
+class Matrix(ABC):
+    """A matrix [rows, cols] of a checkpoint, leading dimensions flattened.  Immutable."""
+
+    rows: int
+    cols: int
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """How the source stores it, as people call it."""
+
+    @property
+    def fit(self) -> tuple[int, int] | None:
+        """(bits, largest group) of a tile for its values where nobody asks for another; None: as for floats."""
+        return None
+
+    @property
+    def where(self) -> str:
+        """How messages name it: file and tensor."""
+        return self.refs()[0].where
+
+    @abstractmethod
+    def read_values(self, runs: Sequence[Run]) -> F32:
+        """float32 [rows of runs, cols], dequantised; raises CheckpointError when a value is NaN or infinite."""
+
+    @abstractmethod
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The tensors it is read from, that of the weights first."""
+
+
+class CodedMatrix(Matrix):
+    """A matrix whose values are scale * code + bias: its codes can be kept.
+
+    ``group``, a multiple of 32 that divides ``cols``: columns that share scale and bias.
+    """
+
+    bits: int
+    group: int
+
+    @property
+    @abstractmethod
+    def scale_type(self) -> ScaleType:
+        """A type that holds every scale and bias; F32 says that only a look at them can tell of a narrower one."""
+
+    @property
+    def rounded(self) -> bool:
+        """True when ``scale_type`` does not hold them all exactly, by the nature of the form."""
+        return False
+
+    @abstractmethod
+    def read(self, runs: Sequence[Run]) -> AffineRows:
+        """Codes, scales and biases of the rows of ``runs``; raises CheckpointError on NaN or infinity."""
+
+    def read_scales(self, runs: Sequence[Run]) -> tuple[F32, F32]:
+        """Scales and biases alone, float32 [rows of runs, cols // group] each."""
+        _, scales, biases = self.read(runs)
+        return scales, biases
+
+    def read_values(self, runs: Sequence[Run]) -> F32:
+        """float32 [rows of runs, cols], dequantised."""
+        return self.read(runs).values()
+
+
 @dataclass(frozen=True)
-class FloatMatrix:
-    """A matrix of BF16, F16 or F32 values, [rows, cols] with leading dimensions flattened."""
+class FloatMatrix(Matrix):
+    """A matrix of BF16, F16 or F32 values."""
 
     weight: TensorRef
     rows: int
     cols: int
 
+    @property
+    def form(self) -> str:
+        """Floats."""
+        return "floats"
+
     def read_values(self, runs: Sequence[Run]) -> F32:
         """float32 [rows of runs, cols]; raises CheckpointError when a value is NaN or infinite."""
-        values = raw_to_f32(self.weight.read_rows(runs), self.weight.entry.dtype)
-        if not math.isfinite(float(np.min(values))) or not math.isfinite(float(np.max(values))):
-            raise CheckpointError(f"{self.weight.where} holds NaN or infinity: download it again")
-        return values
+        return self.weight.floats(runs)
 
     def refs(self) -> tuple[TensorRef, ...]:
-        """The tensors it is read from."""
+        """The tensor it is read from."""
         return (self.weight,)
 
 
 @dataclass(frozen=True)
-class AffineMatrix:
+class AffineMatrix(CodedMatrix):
     """An MLX affine matrix: ``bits``-bit codes, one scale and bias per ``group`` columns."""
 
     weight: TensorRef
@@ -95,10 +129,14 @@ class AffineMatrix:
     group: int
 
     @property
-    def scale_type(self) -> Literal["BF16", "F16", "F32"]:
+    def form(self) -> str:
+        """MLX affine."""
+        return "MLX affine"
+
+    @property
+    def scale_type(self) -> ScaleType:
         """The wider of the types of scales and biases."""
-        types = {self.scales.entry.dtype, self.biases.entry.dtype}
-        return types.pop() if len(types) == 1 else "F32"  # type: ignore[return-value]
+        return widest_type(self.scales, self.biases)
 
     def read(self, runs: Sequence[Run]) -> AffineRows:
         """Codes, scales and biases of the rows of ``runs``; raises CheckpointError on NaN or infinity."""
@@ -107,28 +145,17 @@ class AffineMatrix:
 
     def read_scales(self, runs: Sequence[Run]) -> tuple[F32, F32]:
         """Scales and biases alone, float32 [rows of runs, cols // group] each."""
-        scales, biases = (raw_to_f32(r.read_rows(runs), r.entry.dtype) for r in (self.scales, self.biases))
-        if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
-            raise CheckpointError(f"{self.scales.where} holds NaN or infinity: download it again")
-        return scales, biases
-
-    def read_values(self, runs: Sequence[Run]) -> F32:
-        """float32 [rows of runs, cols], dequantised."""
-        return self.read(runs).values()
+        return self.scales.floats(runs), self.biases.floats(runs)
 
     def refs(self) -> tuple[TensorRef, ...]:
         """The tensors it is read from."""
         return (self.weight, self.scales, self.biases)
 
 
-Matrix = FloatMatrix | AffineMatrix
-
-
-def raw_to_f32(raw: U8, dtype: str) -> F32:
-    """float32 [rows, n] of little-endian bytes [rows, n * itemsize] of a FLOAT_TYPES type."""
-    if dtype == "F32":
-        return raw.view("<f4").astype(np.float32, copy=False)
-    return half_to_f32(raw.view("<u2").astype(np.uint16, copy=False), "f16" if dtype == "F16" else "bf16")
+def widest_type(*refs: TensorRef) -> ScaleType:
+    """The type of float tensors that all share, else F32."""
+    types = {ref.entry.dtype for ref in refs}
+    return types.pop() if len(types) == 1 else "F32"  # type: ignore[return-value]
 
 
 def unpack_codes(raw: U8, bits: int) -> U8:
@@ -146,3 +173,19 @@ def unpack_codes(raw: U8, bits: int) -> U8:
     stream = words.view("<u8")[:, :, 0]
     codes = [(stream >> np.uint64(bits * j)).astype(np.uint8) & mask for j in range(8)]
     return np.stack(codes, axis=-1).reshape(rows, -1)
+
+
+__all__ = [
+    "FLOAT_TYPES",
+    "AffineMatrix",
+    "AffineRows",
+    "CodedMatrix",
+    "FloatMatrix",
+    "Matrix",
+    "Run",
+    "ScaleType",
+    "TensorRef",
+    "raw_to_f32",
+    "unpack_codes",
+    "widest_type",
+]

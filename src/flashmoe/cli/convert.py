@@ -1,4 +1,4 @@
-"""Make a bundle from a Hugging Face or MLX checkpoint.
+"""Make a bundle from a checkpoint: safetensors, plain or quantised (docs/formats.md).
 
 Interrupted at any point and started again, it continues and ends with the same bytes.
 """

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, Quantized, TileCodec, pack_ffn
-from flashmoe.checkpoint import AffineMatrix, Matrix, Run
-from flashmoe.checkpoint.dtypes import HalfType, f32_to_half, is_exact
+from flashmoe.checkpoint import CodedMatrix, Matrix, Run
+from flashmoe.checkpoint.dtypes import F32, U16, HalfType, f32_to_half, half_to_f32, is_exact
 from flashmoe.convert.quantize import quantize
+from flashmoe.errors import CheckpointError
 
+TILE_BITS = (2, 3, 4, 8)
 _BATCH_VALUES = 1 << 21  # values in flight: 8 MiB as float32, about 40 MiB with every temporary
 
 
@@ -24,8 +26,13 @@ class Part:
 
     @property
     def bits(self) -> int | None:
-        """Bits of the source's codes, None for floats."""
-        return self.matrix.bits if isinstance(self.matrix, AffineMatrix) else None
+        """Bits of the source's codes, None where only its values are to be had."""
+        return self.matrix.bits if isinstance(self.matrix, CodedMatrix) else None
+
+    @property
+    def rounded(self) -> bool:
+        """True when the codes can be kept, their scales not wholly."""
+        return isinstance(self.matrix, CodedMatrix) and self.matrix.rounded
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,22 @@ def encode_ffn(layout: FfnLayout, parts: Sequence[Part], gate_up: Form, down: Fo
 def choose_form(parts: Sequence[Part], wanted: int | None, default: int, scale_type: HalfType) -> Form:
     """One form for parts that must share a codec.
 
-    Affine codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed;
-    all else is quantised to ``wanted`` or ``default`` bits with bf16 scales.
+    Codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed; all else is
+    quantised with bf16 scales to ``wanted`` bits, or those that suit its values, which are ``default`` for floats.
     """
     sources = [part.bits for part in parts]
     widest = max((bits for bits in sources if bits is not None), default=0)
     if None not in sources and (wanted is None or widest <= wanted):
-        native = widest if len(set(sources)) == 1 and widest in (2, 3, 4, 8) else 8
+        native = widest if len(set(sources)) == 1 and widest in TILE_BITS else 8
         return Form(TileCodec(wanted or native, _kept_group(parts), scale_type), keep_codes=True)
-    return Form(TileCodec(wanted or default, _fitted_group(parts)), keep_codes=False)
+    fits = [part.matrix.fit for part in parts]
+    suited = max(fit[0] if fit else default for fit in fits)
+    return Form(TileCodec(wanted or suited, _fitted_group(parts)), keep_codes=False)
 
 
 def needs_scan(parts: Sequence[Part]) -> bool:
     """True when the scales' type cannot be kept as it is: float32, or not the same everywhere."""
-    types = {part.matrix.scale_type for part in parts if isinstance(part.matrix, AffineMatrix)}
+    types = {part.matrix.scale_type for part in parts if isinstance(part.matrix, CodedMatrix)}
     return "F32" in types or len(types) > 1
 
 
@@ -80,20 +89,32 @@ def plain_scale_type(parts: Sequence[Part]) -> HalfType:
     """The type of 16-bit scales that all affine parts share."""
     return (
         "f16"
-        if any(isinstance(p.matrix, AffineMatrix) and p.matrix.scale_type == "F16" for p in parts)
+        if any(isinstance(p.matrix, CodedMatrix) and p.matrix.scale_type == "F16" for p in parts)
         else "bf16"
     )
 
 
 def scan_scale_type(parts: Sequence[Part]) -> tuple[HalfType, bool]:
-    """bf16 if it holds every scale and bias exactly, else f16 if that does, else bf16 with false: rounded."""
+    """bf16 if it holds every scale and bias exactly, else f16 if that does, else the closer one with false: rounded."""
     fits: dict[HalfType, bool] = {"bf16": True, "f16": True}
+    errors: dict[HalfType, float] = {"bf16": 0.0, "f16": 0.0}
     for part in parts:
-        if isinstance(part.matrix, AffineMatrix):
+        if isinstance(part.matrix, CodedMatrix):
             for batch in split_runs(part.runs, _batch_rows(part.matrix.cols)):
                 values = np.stack(part.matrix.read_scales(batch))
                 fits = {dtype: fits[dtype] and is_exact(values, dtype) for dtype in fits}
-    return ("f16", True) if fits["f16"] and not fits["bf16"] else ("bf16", fits["bf16"])
+                errors = {dtype: errors[dtype] + _squared_error(values, dtype) for dtype in errors}
+    for dtype in fits:
+        if fits[dtype]:
+            return dtype, True
+    return min(errors, key=errors.__getitem__), False
+
+
+def _squared_error(values: F32, dtype: HalfType) -> float:
+    """What rounding costs; infinite where a value is beyond the type's range."""
+    with np.errstate(over="ignore"):
+        difference = half_to_f32(f32_to_half(values, dtype), dtype).astype(np.float64) - values
+        return float(np.square(difference).sum())
 
 
 def split_runs(runs: Sequence[Run], batch: int) -> Iterator[list[Run]]:
@@ -114,20 +135,29 @@ def split_runs(runs: Sequence[Run], batch: int) -> Iterator[list[Run]]:
 
 def _encode_batches(part: Part, form: Form) -> Iterator[Quantized]:
     for batch in split_runs(part.runs, _batch_rows(part.matrix.cols)):
-        if form.keep_codes and isinstance(part.matrix, AffineMatrix):
+        if form.keep_codes and isinstance(part.matrix, CodedMatrix):
             yield _keep(part.matrix, batch, form.codec)
         else:
             yield quantize(part.matrix.read_values(batch), form.codec.bits, form.codec.group)
 
 
-def _keep(matrix: AffineMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:
+def _keep(matrix: CodedMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:
     rows = matrix.read(runs)
     repeats = matrix.group // codec.group  # a group of 128 becomes two of 64 with the same scale
     scales, biases = (
-        np.repeat(f32_to_half(values, codec.scale_dtype), repeats, axis=1)
+        np.repeat(_halves(matrix, values, codec.scale_dtype), repeats, axis=1)
         for values in (rows.scales, rows.biases)
     )
     return Quantized(rows.codes, scales, biases)
+
+
+def _halves(matrix: CodedMatrix, values: F32, dtype: HalfType) -> U16:
+    raw = f32_to_half(values, dtype)
+    if not np.isfinite(half_to_f32(raw, dtype)).all():
+        raise CheckpointError(
+            f"{matrix.where} has scales beyond the range of {dtype}: no real model does, download it again"
+        )
+    return raw
 
 
 def _batch_rows(cols: int) -> int:
@@ -135,9 +165,11 @@ def _batch_rows(cols: int) -> int:
 
 
 def _kept_group(parts: Sequence[Part]) -> int:
-    return min(min(part.matrix.group, 64) for part in parts if isinstance(part.matrix, AffineMatrix))
+    coded = [part.matrix for part in parts if isinstance(part.matrix, CodedMatrix)]
+    return 64 if all(matrix.group % 64 == 0 for matrix in coded) else 32
 
 
 def _fitted_group(parts: Sequence[Part]) -> int:
-    """64 columns where they divide the matrix, else 32 (the rest of a down matrix is padded)."""
-    return 64 if all(part.matrix.cols % 64 == 0 for part in parts) else 32
+    """64 columns where they divide the matrix and suit it, else 32 (the rest of a down matrix is padded)."""
+    widest = min((fit[1] for part in parts if (fit := part.matrix.fit)), default=64)
+    return 64 if widest >= 64 and all(part.matrix.cols % 64 == 0 for part in parts) else 32

@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.checkpoint.dtypes import HalfType
-from flashmoe.checkpoint.matrices import TensorRef
+from flashmoe.checkpoint.tensors import TensorRef
 from flashmoe.convert.encode import Form, Part, choose_form, needs_scan, plain_scale_type, scan_scale_type
 from flashmoe.errors import CheckpointError, ConfigError
 from flashmoe.models.registry import find_family
@@ -120,8 +120,10 @@ class Plan:
     @property
     def lossless(self) -> bool:
         """True when every weight of the bundle equals the source's, bit for bit after dequantisation."""
-        return all(form.keep_codes for form, _ in self.forms) and all(
-            exact for _, exact in self.scale_types.values()
+        return (
+            all(form.keep_codes for form, _ in self.forms)
+            and all(exact for _, exact in self.scale_types.values())
+            and not any(part.rounded for _, parts in self.forms for part in parts)
         )
 
     @property
@@ -129,11 +131,36 @@ class Plan:
         """One sentence for people on what happens to the weights."""
         if self.lossless:
             return "lossless: the source's own codes, scales and biases"
+        clauses = []
         if self.requantised:
-            return "lossy: codes of the source were quantised a second time, to fewer bits"
-        if any(not exact for _, exact in self.scale_types.values()):
-            return "nearly lossless: the source's codes, its float32 scales rounded to bf16"
-        return "quantised from floats, affine by the range of each group"
+            clauses.append("lossy: codes of the source were quantised a second time, to fewer bits")
+        fitted = {
+            (part.matrix.form, form.codec.bits)
+            for form, parts in self.forms
+            for part in parts
+            if not form.keep_codes and part.bits is None
+        }
+        clauses += [
+            f"{form} quantised anew to {bits} bit" for form, bits in sorted(fitted) if form != "floats"
+        ]
+        if any(form.keep_codes for form, _ in self.forms):
+            clauses.append(self._kept)
+        floats = sorted({bits for form, bits in fitted if form == "floats"})
+        if floats:
+            sizes = " and ".join(map(str, floats))
+            clauses.append(f"quantised from floats to {sizes} bit, affine by the range of each group")
+        return "; ".join(clauses)
+
+    @property
+    def _kept(self) -> str:
+        """What is true of all codes that are kept."""
+        kept = {part.matrix.form for form, parts in self.forms if form.keep_codes for part in parts}
+        exact = all(exact for _, exact in self.scale_types.values())
+        rounded = not exact or any(
+            part.rounded for form, parts in self.forms if form.keep_codes for part in parts
+        )
+        codes = f"codes of {', '.join(sorted(kept))} kept"
+        return f"nearly lossless: {codes}, scales rounded to 16 bits" if rounded else codes
 
     def resident_refs(self) -> Iterator[TensorRef]:
         """The checkpoint tensors of the resident items."""
@@ -254,6 +281,6 @@ def _check_cols(part: Part, form: Form) -> None:
     matrix = part.matrix
     if matrix.cols % form.codec.group:
         raise CheckpointError(
-            f"{matrix.weight.where} has {matrix.cols} columns, no multiple of {form.codec.group}:"
+            f"{matrix.where} has {matrix.cols} columns, no multiple of {form.codec.group}:"
             " flashmoe cannot tile this model"
         )
