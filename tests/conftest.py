@@ -60,6 +60,12 @@ def quantized_forms() -> ModuleType:
     return _module(_ROOT / "tests" / "golden" / "quantized_forms.py")
 
 
+@pytest.fixture(scope="session")
+def gguf_forms() -> ModuleType:
+    """tests/golden/gguf_forms.py."""
+    return _module(_ROOT / "tests" / "golden" / "gguf_forms.py")
+
+
 def _module(file: Path) -> ModuleType:
     """A Python file that is part of no package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from safetensors.numpy import load_file
@@ -122,6 +123,26 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, quantized_forms: ModuleT
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gguf_model(tmp_path_factory: pytest.TempPathFactory, gguf_forms: ModuleType) -> Path:
+    """A directory with a small Qwen3.5 in GGUF."""
+    config = json.loads((GOLDEN / "hf_text_f32" / "config.json").read_text())
+    vectors, matrices = {}, {}
+    experts: dict[str, list[Any]] = {}
+    for name, values in sorted(load_file(GOLDEN / "hf_text_f32" / "model.safetensors").items()):
+        module = name.removeprefix("model.").removesuffix(".weight")
+        head, found, tail = module.partition(".experts.")
+        if found:
+            experts.setdefault(f"{head}.experts.{tail.partition('.')[2]}", []).append(values)
+        else:
+            (vectors if values.ndim == 1 or values.ndim == 3 else matrices)[module] = values
+    matrices |= {name: np.stack(parts) for name, parts in experts.items()}
+    folder = tmp_path_factory.mktemp("gguf") / "source"
+    folder.mkdir()
+    gguf_forms.qwen35moe(folder / "m.gguf", config, vectors, matrices, "Q4_0")
+    return folder
 
 
 @pytest.fixture(scope="session")

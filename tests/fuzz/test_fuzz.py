@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from flashmoe.bundle.reader import Bundle
 from flashmoe.bundle.verify import verify
+from flashmoe.checkpoint.gguf.header import read_gguf
 from flashmoe.cli.inspect import _describe
 from flashmoe.convert import convert, describe
 from flashmoe.engine.engine import Engine, EngineOptions
@@ -296,6 +297,42 @@ def test_quantisation_of_a_checkpoint(
         config = json.loads(file.read_text())
         text = data.draw(changed(json.dumps(config.pop("quantization_config")).encode()))
         file.write_bytes(json.dumps(config).encode()[:-1] + b', "quantization_config": ' + text + b"}")
+        use_checkpoint(contained, files.path)
+
+
+@st.composite
+def changed_numbers(draw: st.DrawFn, data: bytes) -> bytes:
+    """Bytes with one to four numbers of four or eight bytes set to others: counts, lengths, types, sizes, offsets."""
+    out = bytearray(data)
+    numbers = [value for value in VALUES if type(value) is int and 0 <= value < 1 << 64]
+    for _ in range(draw(st.integers(1, 4))):
+        size = draw(st.sampled_from([4, 8]))
+        at = draw(st.sampled_from([4, 8, 16]) | st.integers(0, len(out) - 8))
+        value = draw(st.sampled_from(numbers))
+        out[at : at + size] = (value % (1 << (8 * size))).to_bytes(size, "little")
+    return bytes(out)
+
+
+@budget(150)
+@given(data=st.data())
+def test_header_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(gguf_model) as files:
+        file = files.path / "m.gguf"
+        whole = file.read_bytes()
+        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
+        head = data.draw(changed_numbers(whole[:start]) | changed_bytes(whole[:start]))
+        file.write_bytes(head + whole[start:])
+        use_checkpoint(contained, files.path)
+
+
+@budget(30)
+@given(data=st.data())
+def test_blocks_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.DataObject) -> None:
+    with Files(gguf_model) as files:
+        file = files.path / "m.gguf"
+        whole = file.read_bytes()
+        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
+        file.write_bytes(whole[:start] + data.draw(changed_bytes(whole[start:])))
         use_checkpoint(contained, files.path)
 
 

@@ -14,6 +14,8 @@ import xxhash
 
 from flashmoe.checkpoint.detect import Tensors
 from flashmoe.checkpoint.dtypes import F32
+from flashmoe.checkpoint.gguf.header import read_gguf
+from flashmoe.checkpoint.gguf.model import GgufView, find_gguf, open_gguf
 from flashmoe.checkpoint.header import Header, TensorEntry, read_header
 from flashmoe.checkpoint.matrices import Matrix
 from flashmoe.checkpoint.pread import read_exact
@@ -45,25 +47,39 @@ class Skipped:
 class Checkpoint:
     """The tensors of a checkpoint by canonical name (``layers.0.mlp.gate.weight``).  Immutable."""
 
-    def __init__(self, path: Path, config: dict[str, Any], headers: Mapping[str, Header]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        headers: Mapping[str, Header],
+        texts: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """``path``: the directory of the shards; ``texts``: small files that stand in the weights' own metadata."""
         self.path = path
         self.config = config
+        self.texts = texts
         self.headers = dict(headers)  # shard file name -> header, in file order
         self.tensors: dict[str, TensorRef] = {}
         self.skipped: list[Skipped] = []
+        self._gguf = GgufView(config) if any(name.endswith(".gguf") for name in self.headers) else None
         self._collect()
-        self.kind: Literal["hf", "mlx"] = self._detect_kind()
+        self.kind: Literal["hf", "mlx", "gguf"] = "gguf" if self._gguf else self._detect_kind()
         quantization = read_quantization(config, lambda key: canonical_name(key)[0])
         self._forms = Tensors(str(path), self.tensors, quantization)
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Open a directory with config.json and safetensors files (sharded or not).
+        """Open a directory with config.json and safetensors files (sharded or not), or a model in GGUF.
 
+        A GGUF model is a file, the first of several (``-00001-of-00003``), or a directory that has no other model.
         Raises CheckpointError (one line) when a file is missing or damaged, a shard of the index is absent, a
         tensor appears in two shards, or the weights are quantised in a way flashmoe does not read.
         """
         path = Path(path)
+        files = find_gguf(path)
+        if files:
+            model = open_gguf(files)
+            return cls(files[0].parent, model.config, model.headers, model.texts)
         config = read_config(path)
         return cls(path, config, {name: read_header(path / name) for name in _shard_names(path)})
 
@@ -81,19 +97,23 @@ class Checkpoint:
         values: F32 = raw_to_f32(
             read_exact(ref.shard, ref.entry.offset, ref.entry.nbytes)[None], ref.entry.dtype
         )[0]
+        if self._gguf is not None:
+            values = self._gguf.vector(name, values)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{ref.where} holds NaN or infinity: download it again")
         return values
 
     def has(self, module: str) -> bool:
         """True when the matrix ``module`` exists in some form."""
-        return self._forms.has(module)
+        return self._forms.has(module if self._gguf is None else self._gguf.source(module)[0])
 
     def matrix(self, module: str, rows: int, cols: int) -> Matrix:
         """The matrix of ``module`` with leading dimensions flattened to ``rows``.
 
         Raises CheckpointError when it is missing, of another size, or quantised in an unknown way.
         """
+        if self._gguf is not None:
+            return self._gguf.matrix(self._forms, module, rows, cols)
         return self._forms.matrix(module, rows, cols)
 
     def ref(self, name: str) -> TensorRef:
@@ -120,7 +140,7 @@ class Checkpoint:
         skipped: dict[str, list[int]] = {}
         for shard, header in self.headers.items():
             for entry in header.tensors.values():
-                name, prefix = canonical_name(entry.name)
+                name, prefix = (self._gguf.canonical if self._gguf else canonical_name)(entry.name)
                 if prefix is not None:
                     skipped.setdefault(prefix, []).append(entry.nbytes)
                 elif name in self.tensors:
@@ -170,6 +190,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is no JSON object: download it again")
     return config
+
+
+def read_shard(path: Path) -> Header:
+    """The header of a safetensors or GGUF file; raises CheckpointError."""
+    return read_gguf(path).tensors if path.suffix == ".gguf" else read_header(path)
 
 
 def header_to_json(header: Header) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from flashmoe.checkpoint.columns import awq_matrix, gptq_matrix
 from flashmoe.checkpoint.fp8 import fp8_matrix, int8_matrix
+from flashmoe.checkpoint.gguf.matrices import block_matrix
+from flashmoe.checkpoint.gguf.types import BLOCKS
 from flashmoe.checkpoint.matrices import AffineMatrix, FloatMatrix, Matrix
 from flashmoe.checkpoint.mxfp4 import mxfp4_matrix
 from flashmoe.checkpoint.packed import nvfp4_matrix, packed_matrix
@@ -56,11 +58,15 @@ class Tensors:
         shape = weight.entry.shape
         if f"{module}.scales" in self._tensors:
             return self._mlx(module, weight, rows, cols)
+        if rows == 1 and len(shape) == 1:  # GGUF has no matrices of one row
+            shape = (1, *shape)
         found = math.prod(shape[:-1]) if len(shape) > 1 else 0, shape[-1] if shape else 0
         if found != (rows, cols):
             raise CheckpointError(
                 f"{weight.where} is {list(shape)}, [{rows}, {cols}] wanted: check config.json"
             )
+        if BLOCKS.get(weight.entry.dtype, (1, 0))[0] > 1:
+            return block_matrix(weight, rows, cols)
         if weight.entry.dtype in ("F8_E4M3", "I8"):
             return self._scaled(name, weight, (rows, cols))
         if weight.entry.dtype not in FLOAT_TYPES:

@@ -79,7 +79,7 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
         raise _damaged(path, "its __metadata__ is no JSON object")
     start = 8 + len(text)
     tensors = {name: _entry(path, name, value, start, file_nbytes) for name, value in table.items()}
-    _check_overlap(path, tensors)
+    check_overlap(path, tensors)
     return Header(tensors, {k: v for k, v in metadata.items() if isinstance(v, str)}, file_nbytes)
 
 
@@ -102,7 +102,8 @@ def _entry(path: Path, name: str, value: Any, start: int, file_nbytes: int) -> T
     return TensorEntry(name, dtype, tuple(shape), start + begin, nbytes)
 
 
-def _check_overlap(path: Path, tensors: dict[str, TensorEntry]) -> None:
+def check_overlap(path: Path, tensors: dict[str, TensorEntry]) -> None:
+    """Raise CheckpointError when two tensors share a byte."""
     end = 0
     for entry in sorted(tensors.values(), key=lambda e: (e.offset, e.nbytes)):
         if entry.offset < end:

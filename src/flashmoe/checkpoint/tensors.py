@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.checkpoint.dtypes import F32, half_to_f32
+from flashmoe.checkpoint.gguf.types import BLOCKS
 from flashmoe.checkpoint.header import DTYPE_NBYTES, TensorEntry
 from flashmoe.checkpoint.pread import read_exact, read_pieces
 from flashmoe.errors import CheckpointError
@@ -35,7 +36,9 @@ class TensorRef:
     @property
     def row_nbytes(self) -> int:
         """Bytes of a row: the last dimension."""
-        return (self.entry.shape[-1] if self.entry.shape else 1) * DTYPE_NBYTES[self.entry.dtype]
+        values = self.entry.shape[-1] if self.entry.shape else 1
+        per_block, nbytes = BLOCKS.get(self.entry.dtype) or (1, DTYPE_NBYTES[self.entry.dtype])
+        return values // per_block * nbytes
 
     def read_rows(self, runs: Sequence[Run], row_nbytes: int | None = None) -> NDArray[Any]:
         """The rows of ``runs``, in their order, raw: u8 [rows, bytes of a row]."""

@@ -1,4 +1,4 @@
-"""Make a bundle from a checkpoint: safetensors, plain or quantised (docs/formats.md).
+"""Make a bundle from a checkpoint: safetensors or GGUF, plain or quantised (docs/formats.md).
 
 Interrupted at any point and started again, it continues and ends with the same bytes.
 """
@@ -23,7 +23,10 @@ _SHOWN_UNKNOWN = 5
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe convert`."""
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help="directory with config.json and *.safetensors"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="directory with config.json and *.safetensors, or a .gguf file",
     )
     parser.add_argument("bundle", type=Path, metavar="DST", help="directory to write")
     parser.add_argument(

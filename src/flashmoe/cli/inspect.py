@@ -24,7 +24,10 @@ _SHOWN_UNKNOWN = 5
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe inspect`."""
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="a bundle, a checkpoint directory or a config.json"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a bundle, a checkpoint (directory or .gguf file) or a config.json",
     )
     parser.add_argument(
         "--bits", type=int, choices=BITS, help="for a checkpoint or config: as convert --bits would"
@@ -75,6 +78,11 @@ def tokenizer_held(path: Path) -> Iterator[None]:
 
 def config_of(path: Path) -> dict[str, Any]:
     """The raw config.json of a bundle, a checkpoint, or itself, which describe() has read already."""
+    from flashmoe.checkpoint import Checkpoint
+    from flashmoe.checkpoint.gguf.model import find_gguf
+
+    if find_gguf(path):
+        return Checkpoint.open(path).config
     raw: dict[str, Any] = json.loads((path if path.is_file() else path / "config.json").read_bytes())
     return raw
 

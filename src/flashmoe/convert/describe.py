@@ -25,7 +25,7 @@ _BUNDLE_FILES = (MANIFEST_FILE, RESIDENT_FILE, JOURNAL_FILE)
 
 
 def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
-    """Facts about a bundle directory, a checkpoint directory or a config.json, ready for JSON.
+    """Facts about a bundle directory, a checkpoint (directory or GGUF file) or a config.json, ready for JSON.
 
     Keys: kind (bundle | checkpoint | config), experts_dirs (of a striped bundle only),
     model_type, layers, attention_layers, hidden_size, vocab_size,
@@ -37,6 +37,8 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     what `convert` with ``bits`` would give.  Raises FlashmoeError as opening it does.
     """
     path = Path(path)
+    if path.suffix == ".gguf":
+        return _describe_checkpoint(Checkpoint.open(path), bits)
     if path.is_file():
         return _describe_config(path, bits)
     if any((path / name).exists() for name in _BUNDLE_FILES):

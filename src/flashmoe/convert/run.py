@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ import numpy as np
 import xxhash
 
 from flashmoe.bundle.codecs import U8
-from flashmoe.bundle.manifest import MANIFEST_FILE, FileRecord, Manifest
+from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, FileRecord, Manifest
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import write_manifest, write_whole
 from flashmoe.checkpoint import Checkpoint, Skipped, read_config
-from flashmoe.checkpoint.checkpoint import header_from_json, header_to_json
-from flashmoe.checkpoint.header import read_header
+from flashmoe.checkpoint.checkpoint import header_from_json, header_to_json, read_shard
+from flashmoe.checkpoint.gguf.model import find_gguf
 from flashmoe.convert.encode import encode_ffn, encode_tiles
 from flashmoe.convert.journal import Journal
 from flashmoe.convert.plan import (
@@ -75,7 +76,7 @@ def convert(
     experts_dirs: Sequence[Path | str] = (),
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Convert the checkpoint directory ``src`` into a bundle at ``dst``; memory stays below about 1 GiB.
+    """Convert the checkpoint ``src`` (directory or GGUF file) into a bundle at ``dst``; memory stays below about 1 GiB.
 
     ``bits`` (2, 3, 4, 8) are those of routed experts; None keeps an MLX source's own (lossless) and means 4
     for floats.  Killed at any point, the same call goes on where it stopped and ends with the same bytes.
@@ -85,13 +86,7 @@ def convert(
     Raises CheckpointError, ConfigError, BundleError or ReadError, one line each; dst is then no bundle.
     """
     src, dst = Path(src), Path(dst)
-    if not src.is_dir():
-        raise CheckpointError(f"{src} is not a directory: give the directory of a downloaded model")
-    if (src / MANIFEST_FILE).exists():
-        raise CheckpointError(
-            f"{src} is a bundle already: run it as it is, or convert the checkpoint it was made from"
-        )
-    read_config(src)  # before dst is created
+    _check_source(src, dst)
     journal = open_output(dst)
     try:
         stripes = Stripes(dst, [Path(directory) for directory in experts_dirs], journal)
@@ -102,6 +97,22 @@ def convert(
         raise
     finally:
         journal.close()
+
+
+def _check_source(src: Path, dst: Path) -> None:
+    """Refuse what is no checkpoint, before ``dst`` is created."""
+    if src.suffix == ".gguf" and (src.is_file() or (dst / JOURNAL_FILE).exists()):
+        return  # a finished file may be gone when a conversion goes on
+    if not src.is_dir():
+        raise CheckpointError(
+            f"{src} is not a directory or GGUF file: give the directory of a downloaded model"
+        )
+    if (src / MANIFEST_FILE).exists():
+        raise CheckpointError(
+            f"{src} is a bundle already: run it as it is, or convert the checkpoint it was made from"
+        )
+    if not find_gguf(src):
+        read_config(src)
 
 
 class _Conversion:
@@ -156,10 +167,14 @@ class _Conversion:
     def _begin(self) -> tuple[Checkpoint, Plan]:
         checkpoint = Checkpoint.open(self._src)
         plan = make_plan(checkpoint, self._bits)
+        texts = dict(checkpoint.texts or {})
+        for name, data in texts.items():  # now, because the file they come from may be deleted before the end
+            write_whole(self._dst / name, data)
         self._journal.begin(
             {
                 "bits": self._bits,
-                "config": _config_hash(self._src),
+                "config": _config_hash(checkpoint),
+                "texts": {name: xxhash.xxh3_64_hexdigest(data) for name, data in texts.items()},
                 "shards": {name: checkpoint.fingerprint(name) for name in checkpoint.headers},
                 "headers": {name: header_to_json(header) for name, header in checkpoint.headers.items()},
                 "scale_types": scale_types_to_json(plan.scale_types),
@@ -177,13 +192,19 @@ class _Conversion:
             )
         if start["bits"] != self._bits:
             raise BundleError(f"{self._dst} was begun with --bits {start['bits']}, not {self._bits}: {again}")
-        if start["config"] != _config_hash(self._src):
-            raise BundleError(f"{self._dst} was begun from another source than {self._src}: {again}")
         headers = {name: header_from_json(value) for name, value in start["headers"].items()}
-        checkpoint = Checkpoint(self._src, read_config(self._src), headers)
+        texts = {name: _read_small(self._dst / name) for name in start.get("texts", {})}
+        folder = self._src.parent if texts and self._src.suffix == ".gguf" else self._src
+        config = json.loads(texts["config.json"]) if texts else read_config(self._src)
+        checkpoint = Checkpoint(folder, config, headers, texts or None)
+        unchanged = all(
+            xxhash.xxh3_64_hexdigest(data) == start["texts"][name] for name, data in texts.items()
+        )
+        if not unchanged or start["config"] != _config_hash(checkpoint):
+            raise BundleError(f"{self._dst} was begun from another source than {self._src}: {again}")
         for name, fingerprint in start["shards"].items():
-            if (self._src / name).exists() and not _is_same(checkpoint, name, fingerprint):
-                raise BundleError(f"{self._src / name} has changed since {self._dst} was begun: {again}")
+            if (folder / name).exists() and not _is_same(checkpoint, name, fingerprint):
+                raise BundleError(f"{folder / name} has changed since {self._dst} was begun: {again}")
         return checkpoint, make_plan(checkpoint, self._bits, scale_types_from_json(start["scale_types"]))
 
     def _item_bytes(self, item: Item) -> Iterator[U8]:
@@ -214,7 +235,7 @@ class _Conversion:
             skipped=[
                 {"prefix": s.prefix, "tensors": s.tensors, "nbytes": s.nbytes} for s in checkpoint.skipped
             ],
-            files=_copy_verbatim(self._src, self._dst),
+            files=_copy_verbatim(checkpoint, self._dst),
         )
 
     @property
@@ -232,24 +253,30 @@ def _layer_units(item: ExpertsItem, stripes: Sequence[str]) -> list[Unit]:
     return experts_units(item.layer, item.count, item.layout, record, stripes)
 
 
-def _copy_verbatim(src: Path, dst: Path) -> dict[str, FileRecord]:
-    """Copy the small files that the source has."""
+def _copy_verbatim(checkpoint: Checkpoint, dst: Path) -> dict[str, FileRecord]:
+    """Copy the small files that the source has; those of a GGUF file were written at the beginning."""
     records = {}
     for name in VERBATIM_FILES:
-        if (src / name).exists():
-            data = _read_small(src / name)
-            write_whole(dst / name, data)
+        if checkpoint.texts is not None:
+            data = checkpoint.texts.get(name)
+        else:
+            data = _read_small(checkpoint.path / name) if (checkpoint.path / name).exists() else None
+            if data is not None:
+                write_whole(dst / name, data)
+        if data is not None:
             records[name] = FileRecord(len(data), xxhash.xxh3_64_hexdigest(data))
     return records
 
 
 def _is_same(checkpoint: Checkpoint, shard: str, fingerprint: str) -> bool:
-    header = read_header(checkpoint.path / shard)
+    header = read_shard(checkpoint.path / shard)
     return header == checkpoint.headers[shard] and checkpoint.fingerprint(shard) == fingerprint
 
 
-def _config_hash(src: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(_read_small(src / "config.json"))
+def _config_hash(checkpoint: Checkpoint) -> str:
+    texts = checkpoint.texts
+    data = _read_small(checkpoint.path / "config.json") if texts is None else texts["config.json"]
+    return xxhash.xxh3_64_hexdigest(data)
 
 
 def _read_small(path: Path) -> bytes:

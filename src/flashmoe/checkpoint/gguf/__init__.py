@@ -1,0 +1,1 @@
+"""GGUF files: their header, tensor types, names, configuration and tokenizer."""

@@ -1,0 +1,199 @@
+"""From GGUF's names and orders to those of Hugging Face checkpoints.
+
+llama.cpp's converter turns query and key rows of Llama models so that rotated pairs are neighbours, and deals the
+value heads of GatedDeltaNet out in turn; both are undone here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashmoe.checkpoint.dtypes import F32
+from flashmoe.checkpoint.reordered import Order
+
+_TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_SHARED = {
+    "ffn_gate_inp_shexp": "shared_expert_gate",
+    "ffn_gate_shexp": "shared_expert.gate_proj",
+    "ffn_up_shexp": "shared_expert.up_proj",
+    "ffn_down_shexp": "shared_expert.down_proj",
+}
+_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
+_EXPERT_NAMES = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}  # Mixtral's, in files of before 2024
+
+
+@dataclass(frozen=True)
+class Names:
+    """``layers``: blocks from there on predict further tokens and are skipped."""
+
+    model_type: str
+    layers: int
+
+    def canonical(self, original: str) -> tuple[str, str | None]:
+        """The name that models ask for, and the prefix under which the tensor is skipped, if it is."""
+        stem, _, end = original.rpartition(".")
+        if not original.startswith("blk."):
+            return (f"{_TOP[stem]}.{end}", None) if stem in _TOP else (original, None)
+        _, number, name = (*original.split(".", 2), "")[:3]
+        if number.isdigit() and int(number) >= self.layers:
+            return original, f"blk.{int(number)}."
+        return f"layers.{number}.{self._within(name)}", None
+
+    def _within(self, name: str) -> str:
+        """The name within its layer; what is not known keeps its own."""
+        stem, _, end = name.rpartition(".")
+        if name in _WHOLE:
+            return _WHOLE[name]
+        if stem in _SHARED:
+            shared = _SHARED[stem]
+            if self.model_type == "glm4_moe":
+                shared = shared.replace("shared_expert.", "shared_experts.")
+            return f"mlp.{shared}.{end}"
+        known = _LAYER.get(stem)
+        if self.model_type == "mixtral":
+            part, _, expert = stem.partition(".")
+            if part in _EXPERT_NAMES and expert:
+                return f"block_sparse_moe.experts.{expert}.{_EXPERT_NAMES[part]}.{end}"
+            known = known and known.replace("mlp.", "block_sparse_moe.", 1)
+        if known == "mlp.gate.e_score_correction":
+            return f"{known}_{end}"
+        return f"{known}.{end}" if known else name
+
+
+class Orders:
+    """Where rows, columns and values of the model's matrices and vectors stand in the file."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """``config`` is that of config_of(); sizes that make no sense give no order, and the model refuses them."""
+        self._config = config
+        self._turned = config.get("model_type") in ("llama", "mixtral")
+        self._grouped = config.get("gguf_architecture") == "qwen3next"
+        self._heads = _value_heads(config) if config.get("model_type") == "qwen3_5_moe_text" else None
+
+    def source(self, module: str) -> tuple[str, int]:
+        """The module of the file that holds ``module``, and how many times its rows that one has."""
+        head, _, name = module.rpartition(".")
+        if self._grouped and name in ("in_proj_a", "in_proj_b"):
+            return f"{head}.in_proj_ba", 2
+        return module, 1
+
+    def rows(self, module: str, rows: int) -> Order | None:
+        """Row r of the model's matrix or vector is row [r] of the file's; None: they agree."""
+        name = module.rpartition(".")[2]
+        if self._turned and name in ("q_proj", "k_proj"):
+            key = "num_attention_heads" if name == "q_proj" else "num_key_value_heads"
+            return _turned(rows, self._number(key))
+        if self._heads is None:
+            return None
+        if self._grouped:
+            return self._heads.beside(name) if name in ("in_proj_a", "in_proj_b") else None
+        return self._heads.tiled_rows(name, rows)
+
+    def columns(self, module: str, cols: int) -> Order | None:
+        """Column c of the model's matrix is column [c] of the file's; None: they agree."""
+        if self._heads is None or self._grouped or not module.endswith("linear_attn.out_proj"):
+            return None
+        return self._heads.tiled(cols, 0)
+
+    def vector(self, name: str, values: F32) -> F32:
+        """The model's values of a vector of the file."""
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        if module.endswith("linear_attn.A_log"):  # stored as -exp(A_log)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.log(-values)
+        width = self._number("linear_conv_kernel_dim") if module.endswith("linear_attn.conv1d") else 1
+        grid = values.reshape(-1, width) if len(values) % width == 0 else values[:, None]
+        order = self.rows(module, len(grid))
+        return values if order is None else grid[order].reshape(-1)
+
+    def _number(self, key: str) -> int:
+        value = self._config.get(key)
+        return value if type(value) is int and value > 0 else 1
+
+
+def _turned(rows: int, heads: int) -> Order | None:
+    """Pairs (j, j + half) of each head lie side by side in the file."""
+    if rows % (2 * heads):
+        return None
+    size = rows // heads
+    within = np.arange(size)
+    stored = 2 * (within % (size // 2)) + within // (size // 2)
+    order: Order = (np.arange(heads)[:, None] * size + stored).reshape(-1)
+    return order
+
+
+@dataclass(frozen=True)
+class _ValueHeads:
+    """GatedDeltaNet's value heads: ``per`` for each of ``keys`` key heads, side by side in the model."""
+
+    keys: int
+    per: int
+    key_rows: int  # queries and keys, before the values
+
+    def beside(self, name: str) -> Order:
+        """Rows of in_proj_b or in_proj_a in a matrix that has b, then a, of each key head."""
+        first = self.per if name == "in_proj_a" else 0
+        order: Order = (np.arange(self.keys)[:, None] * 2 * self.per + first + np.arange(self.per)).reshape(
+            -1
+        )
+        return order
+
+    def tiled(self, length: int, before: int) -> Order | None:
+        """Head k * per + j of the model is head j * keys + k of the file; ``before`` rows stand in front of them."""
+        count = self.keys * self.per
+        if self.per == 1 or length <= before or (length - before) % count:
+            return None
+        size = (length - before) // count
+        grid: Order = np.arange(count * size).reshape(self.per, self.keys, size)
+        return np.concatenate([np.arange(before), grid.transpose(1, 0, 2).reshape(-1) + before])
+
+    def tiled_rows(self, name: str, rows: int) -> Order | None:
+        """By the last part of a module's name."""
+        if name in ("in_proj_qkv", "conv1d"):
+            return self.tiled(rows, self.key_rows)
+        heads = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
+        return self.tiled(rows, 0) if name in heads else None
+
+
+def _value_heads(config: Mapping[str, Any]) -> _ValueHeads | None:
+    keys, values, dim = (
+        config.get(f"linear_{name}") for name in ("num_key_heads", "num_value_heads", "key_head_dim")
+    )
+    for number in (keys, values, dim):
+        if type(number) is not int or not 0 < number <= 1 << 20:
+            return None
+    assert isinstance(keys, int)
+    assert isinstance(values, int)
+    assert isinstance(dim, int)
+    return _ValueHeads(keys, values // keys, 2 * keys * dim) if values % keys == 0 else None
