@@ -32,7 +32,7 @@ void require(bool condition, const char* message) {
 TileMatrix tile_matrix(int64_t rows, int64_t cols, int bits, int group, bool f16_scales) {
   require(rows > 0 && cols > 0 && rows < (int64_t{1} << 31) && cols < (int64_t{1} << 31),
           "rows and cols must be positive and below 2^31");
-  require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8, "bits must be 2, 3, 4, 6 or 8");
   require(group == 32 || group == 64, "group must be 32 or 64");
   require(cols % group == 0, "cols must be a multiple of group");
   require(cols / group <= kMaxGroups, "cols must be at most 2,048 groups");

@@ -316,7 +316,7 @@ void float_ops(Run& run) {
 }
 
 void quant_ops(Run& run) {
-  for (int bits : {2, 3, 4, 8}) {
+  for (int bits : {2, 3, 4, 6, 8}) {
     for (int group : {32, 64}) {
       const Codec codec{bits, group, bits % 2 == 0};
       products(run, codec, 1, group, 1);

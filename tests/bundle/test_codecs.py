@@ -21,7 +21,7 @@ from flashmoe.bundle.codecs import (
 )
 from flashmoe.errors import BundleError
 
-CODECS = [TileCodec(bits, group) for bits in (2, 3, 4, 8) for group in (32, 64)]
+CODECS = [TileCodec(bits, group) for bits in (2, 3, 4, 6, 8) for group in (32, 64)]
 
 
 def random_matrix(codec: TileCodec, rows: int, cols: int, seed: int = 0) -> Quantized:
@@ -40,8 +40,11 @@ def spec_code(codec: TileCodec, tile: NDArray[np.uint8], row: int, col: int) -> 
 
     if codec.bits == 8:
         return lane_bits(0, col // 4, col % 4, 0, 8)
-    if codec.bits == 4:
-        return lane_bits(0, col // 8, col % 4, 4 * (col % 8 // 4), 4)
+    if codec.bits in (4, 6):
+        nibble = lane_bits(0, col // 8, col % 4, 4 * (col % 8 // 4), 4)
+        if codec.bits == 4:
+            return nibble
+        return nibble | lane_bits(8 * codec.group, col // 16, col % 4, 2 * (col % 16 // 4), 2) << 4
     low = lane_bits(0, col // 16, col % 4, 2 * (col % 16 // 4), 2)
     if codec.bits == 2:
         return low

@@ -15,7 +15,7 @@ from flashmoe.cli import main
 from flashmoe.errors import ConfigError
 from flashmoe.evaluation.answers import json_validity, tool_success
 from flashmoe.evaluation.choices import choice_accuracy
-from flashmoe.evaluation.divergence import divergence
+from flashmoe.evaluation.divergence import LiveReference, divergence
 from flashmoe.evaluation.perplexity import perplexity
 from flashmoe.evaluation.windows import Window, cut
 
@@ -57,7 +57,7 @@ def test_perplexity(llm: LLM, windows: list[Window]) -> None:
 
 def test_divergence(llm: LLM, windows: list[Window], demo_bundle: Path) -> None:
     with LLM(demo_bundle, context=512, activations="f32", logit_rows=5) as reference:
-        found = divergence(llm.engine, reference.engine, windows[:2])
+        found = divergence(llm.engine, LiveReference(reference.engine), windows[:2])
         kl, same = [], []
         for window in windows[:2]:
             own, better = (
@@ -72,7 +72,7 @@ def test_divergence(llm: LLM, windows: list[Window], demo_bundle: Path) -> None:
 
 
 def test_nothing_diverges_from_itself(llm: LLM, windows: list[Window]) -> None:
-    found = divergence(llm.engine, llm.engine, [Window(windows[0].ids[:8], 1)])
+    found = divergence(llm.engine, LiveReference(llm.engine), [Window(windows[0].ids[:8], 1)])
     assert (found.max_kl, found.same_top) == (0.0, 1.0)
 
 

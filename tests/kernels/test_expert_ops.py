@@ -15,7 +15,7 @@ F = np.float32
 Check = Callable[..., Any]
 BOUND = {"int8": "expert_ffn/int8", "f32": "expert_ffn"}
 PATHS = tuple(BOUND)
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def matrix(rng: np.random.Generator, codec: TileCodec, rows: int, cols: int) -> Quantized:

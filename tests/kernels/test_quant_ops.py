@@ -10,7 +10,7 @@ from flashmoe.bundle.codecs import FfnLayout, Quantized, TileCodec, pack_ffn
 from flashmoe.kernels.cpu import CpuOps
 
 ISAS = _native.supported_isas()
-CODECS = [TileCodec(b, g, s) for b in (2, 3, 4, 8) for g in (32, 64) for s in ("bf16", "f16")]
+CODECS = [TileCodec(b, g, s) for b in (2, 3, 4, 6, 8) for g in (32, 64) for s in ("bf16", "f16")]
 
 
 def random_matrix(codec: TileCodec, rows: int, cols: int, seed: int) -> Quantized:

@@ -29,7 +29,7 @@ struct TileMatrix {
   int64_t rows = 0;
   int64_t groups = 0;       // tiles per row tile
   int64_t tile_stride = 0;  // bytes from one tile of a row tile to the next (two tiles when interleaved)
-  int bits = 4;             // 2, 3, 4 or 8
+  int bits = 4;             // 2, 3, 4, 6 or 8
   int group = 64;           // columns of a tile: 32 or 64
   bool f16_scales = false;  // bf16 otherwise
   // What the caller reads after the tiles of a call, to be asked for in time; null: what follows them.

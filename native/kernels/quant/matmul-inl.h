@@ -275,6 +275,8 @@ __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t
   FLASHMOE_BLOCK_OF(4, 32)
   FLASHMOE_BLOCK_OF(8, 64)
   FLASHMOE_BLOCK_OF(8, 32)
+  FLASHMOE_BLOCK_OF(6, 64)
+  FLASHMOE_BLOCK_OF(6, 32)
   FLASHMOE_BLOCK_OF(3, 64)
   FLASHMOE_BLOCK_OF(3, 32)
   FLASHMOE_BLOCK_OF(2, 64)

@@ -6,9 +6,12 @@ constexpr int kMaxColumns = 16;  // of a tile in blocks of four
 // loads.
 FLASHMOE_INLINE U8x64 column_codes(const uint8_t* p, int bits, int group, int i) {
   if (bits == 8) return u8_load(p + 64 * i);
-  if (bits == 4) {
+  if (bits == 4 || bits == 6) {
     const U8x64 v = u8_load(p + 64 * (i / 2));
-    return u8_and(i % 2 == 0 ? v : u8_shr(v, 4), 0x0f);
+    const U8x64 nibble = u8_and(i % 2 == 0 ? v : u8_shr(v, 4), 0x0f);
+    if (bits == 4) return nibble;
+    const U8x64 top = u8_and(u8_shr(u8_load(p + 8 * group + 64 * (i / 4)), 2 * (i % 4)), 0x03);
+    return u8_or(nibble, u8_shl(top, 4));
   }
   const U8x64 low = u8_and(u8_shr(u8_load(p + 64 * (i / 4)), 2 * (i % 4)), 0x03);
   if (bits == 2) return low;

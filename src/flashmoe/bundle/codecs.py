@@ -17,6 +17,7 @@ from flashmoe.errors import BundleError
 U8 = NDArray[np.uint8]
 
 TILE_ROWS = 16
+TILE_BITS = (2, 3, 4, 6, 8)  # the widths of codes that the kernels read
 RECORD_ALIGN = 4096  # direct I/O wants offset, size and address on the drive's largest block
 _MAX_DIM = 1 << 31  # no real model comes near; keeps sizes computed from a damaged manifest finite
 
@@ -52,7 +53,7 @@ class TileCodec:
 
     def __post_init__(self) -> None:
         if (
-            self.bits not in (2, 3, 4, 8)
+            self.bits not in TILE_BITS
             or self.group not in (32, 64)
             or self.scale_dtype not in ("bf16", "f16")
         ):
@@ -135,8 +136,9 @@ class TileCodec:
         return out.reshape(rows, cols)
 
     def _planes(self) -> tuple[tuple[int, int], ...]:
-        """(shift, width) of the bit fields stored one after another; three bits are two plus one."""
-        return ((0, 2), (2, 1)) if self.bits == 3 else ((0, self.bits),)
+        """(shift, width) of the bit fields stored one after another: three bits are two plus one, six four plus two."""
+        split = {3: ((0, 2), (2, 1)), 6: ((0, 4), (4, 2))}
+        return split.get(self.bits, ((0, self.bits),))
 
 
 @dataclass(frozen=True)

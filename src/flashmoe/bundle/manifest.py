@@ -72,6 +72,8 @@ class FileRecord:
 class Manifest:
     """The whole manifest.json; ``experts`` is ordered by layer and may be empty.
 
+    quantization: for people, what the conversion was asked for.
+
     stripes: directories of the bundle (links, mostly) that share the experts; none: each layer is one file.
     """
 
@@ -85,6 +87,7 @@ class Manifest:
     skipped: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     stripes: Sequence[str] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
@@ -96,6 +99,7 @@ class Manifest:
             "source": dict(self.source),
             "quantization_note": self.quantization_note,
             "lossless": self.lossless,
+            **({"quantization": dict(self.quantization)} if self.quantization else {}),
             "files": {name: {"nbytes": f.nbytes, "xxh3": f.xxh3} for name, f in self.files.items()},
             "tensors": {name: _tensor_to_json(tensor) for name, tensor in self.tensors.items()},
             "experts": experts | {"stripes": list(self.stripes)} if self.stripes else experts,
@@ -160,6 +164,7 @@ def parse_manifest(value: object) -> Manifest:
         source=_object(root.get("source"), "source"),
         quantization_note=_text(root, "quantization_note", "the manifest"),
         lossless=root.get("lossless") is True,
+        quantization=_object(root.get("quantization", {}), "quantization"),
         tensors={n: _tensor_from_json(n, v) for n, v in _object(root.get("tensors"), "tensors").items()},
         expert_count=count,
         experts=layers,

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "foretell speed and memory of a model on this machine, before it is downloaded",
     "verify": "check every byte of a bundle against its checksums",
     "stripe": "spread a bundle's experts over several drives",
+    "export": "write a bundle's weights as a Hugging Face checkpoint",
     "synth": "make a bundle of a real model's exact shape with random weights",
     "eval": "measure how good a bundle is: perplexity, divergence, questions, tool calls",
     "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",

@@ -16,7 +16,7 @@ from flashmoe.types import format_size
 if TYPE_CHECKING:
     from flashmoe.convert import ConvertReport
 
-BITS = (2, 3, 4, 8)
+BITS_HELP = "of the experts (2, 3, 4, 6, 8), or by part: experts=3,attention=8,head=6"
 _SHOWN_UNKNOWN = 5
 
 
@@ -31,9 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="DST", help="directory to write")
     parser.add_argument(
         "--bits",
-        type=int,
-        choices=BITS,
-        help="of the experts (default: a quantised checkpoint keeps its own, another one gets 4)",
+        metavar="BITS",
+        help=f"{BITS_HELP} (default: a quantised checkpoint keeps its own, another one gets 4)",
+    )
+    parser.add_argument(
+        "--fit",
+        choices=("squares", "range"),
+        default="squares",
+        help="how floats become codes: least squares, or the range of each group, which is faster and worse",
     )
     parser.add_argument(
         "--consume-source",
@@ -54,6 +59,7 @@ def execute(args: argparse.Namespace) -> int:
             args.source,
             args.bundle,
             bits=args.bits,
+            fit=args.fit,
             consume_source=args.consume_source,
             experts_dirs=args.experts_dirs,
             progress=progress,

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.cli import options
-from flashmoe.errors import PromptError
+from flashmoe.cli import eval_sweep, options
 
 if TYPE_CHECKING:
     from flashmoe.chat.llm import LLM
@@ -44,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         what.add_argument(flag, type=Path, metavar="JSONL", help=text)
     _configure_windows(parser.add_argument_group("windows of the text"))
     _configure_model(parser)
+    eval_sweep.configure(parser)
     options.add_json(parser)
 
 
@@ -102,14 +102,16 @@ def _configure_model(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure what was asked for, and print it with how it was measured."""
+    if args.sweep:
+        return eval_sweep.execute(args)
     if not (args.text or args.choices or args.json_tasks or args.tool_calls):
         print("flashmoe eval: error: nothing to measure: give --text, --choices, ...", file=sys.stderr)
         return 2
     if args.against and not args.text:
         print("flashmoe eval: error: --against compares on a text: give --text", file=sys.stderr)
         return 2
-    text = _read_text(args.text) if args.text else None
-    with _open(args, args.bundle, args.against is not None) as llm:
+    text = eval_sweep.read_text(args.text) if args.text else None
+    with open_bundle(args, args.bundle, args.against is not None) as llm:
         report: dict[str, Any] = {
             "bundle": str(args.bundle),
             "activations": args.activations,
@@ -127,7 +129,7 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace, bundle: Path, shared: bool) -> LLM:
+def open_bundle(args: argparse.Namespace, bundle: Path, shared: bool) -> LLM:
     """shared: another bundle will be opened beside it, so half of the memory is its."""
     from flashmoe.bundle.reader import Bundle
     from flashmoe.chat.llm import LLM
@@ -165,34 +167,16 @@ def _open_reference(args: argparse.Namespace, first: LLM) -> LLM:
         "kv_cache": None,
         "json_tasks": None,
     }
-    return _open(argparse.Namespace(**vars(args) | given), args.against, False)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file} is no UTF-8 text (byte {error.start}): convert it") from error
+    return open_bundle(argparse.Namespace(**vars(args) | given), args.against, False)
 
 
 def _text(llm: LLM, text: str, args: argparse.Namespace) -> dict[str, Any]:
-    from flashmoe.evaluation.windows import cut
-
-    bos = llm.tokenizer.bos_id(args.bos)
-    ids = llm.tokenizer.encode(text, add_special_tokens=False)
-    stride = args.window if args.rule == "halves" else args.stride or args.window
-    windows = list(cut(ids, args.window, stride, bos, args.rule))[: args.limit]
+    windows, how = eval_sweep.windows_of(llm, text, args)
     began = time.perf_counter()
     result = _compare(llm, text, windows, args) if args.against else _perplexity(llm, windows)
     seconds = time.perf_counter() - began
     return {
-        "file": str(args.text),
-        "tokens": len(ids),
-        "windows": len(windows),
-        "window": args.window,
-        "stride": stride,
-        "rule": args.rule,
-        "bos": bos,
+        **how,
         **result,
         "seconds": seconds,
         "tok_s": sum(len(window.ids) for window in windows) / seconds,
@@ -210,7 +194,7 @@ def _perplexity(llm: LLM, windows: list[Window]) -> dict[str, Any]:
 def _compare(llm: LLM, text: str, windows: list[Window], args: argparse.Namespace) -> dict[str, Any]:
     from flashmoe.cli.progress import ProgressLine
     from flashmoe.errors import ConfigError
-    from flashmoe.evaluation.divergence import divergence
+    from flashmoe.evaluation.divergence import LiveReference, divergence
 
     with _open_reference(args, llm) as reference:
         sample = text[:10_000]
@@ -219,7 +203,7 @@ def _compare(llm: LLM, text: str, windows: list[Window], args: argparse.Namespac
                 f"{args.against} has another tokenizer than {args.bundle}: compare two of one model"
             )
         with ProgressLine("comparing", "tokens") as progress:
-            result = divergence(llm.engine, reference.engine, windows, progress)
+            result = divergence(llm.engine, LiveReference(reference.engine), windows, progress)
     return {"against": str(args.against), **dataclasses.asdict(result)}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.cli import options
-from flashmoe.cli.convert import BITS
 from flashmoe.errors import BudgetError
 from flashmoe.types import format_size
 
@@ -29,9 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a bundle, a checkpoint (directory or .gguf file) or a config.json",
     )
-    parser.add_argument(
-        "--bits", type=int, choices=BITS, help="for a checkpoint or config: as convert --bits would"
-    )
+    parser.add_argument("--bits", metavar="BITS", help="for a checkpoint or config: as convert --bits would")
     options.add_memory(parser)
     parser.add_argument("--context", type=options.count, metavar="N", help="plan this many tokens of context")
     options.add_kv_cache(parser)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.cli import options
-from flashmoe.cli.convert import BITS
 from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.types import format_size
 
@@ -33,9 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts-per-token", type=options.count, metavar="K", help="other than the model's own is lossy"
     )
-    parser.add_argument(
-        "--bits", type=int, choices=BITS, help="of a config or checkpoint: as convert --bits would"
-    )
+    parser.add_argument("--bits", metavar="BITS", help="of a config or checkpoint: as convert --bits would")
     options.add_kv_cache(parser)
     parser.add_argument(
         "--prompt", type=options.numbers, default=[512, 2048], metavar="N,N", help="first prompts, in tokens"

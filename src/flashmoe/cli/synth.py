@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from flashmoe.cli import options
-from flashmoe.cli.convert import BITS
+from flashmoe.cli.convert import BITS_HELP
 from flashmoe.types import format_size
 
 
@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.json", help="a model's config.json")
     parser.add_argument("bundle", type=Path, metavar="DST", help="directory to write")
     parser.add_argument("--layers", type=options.count, metavar="N", help="only the first N layers")
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="default: %(default)s")
+    parser.add_argument("--bits", default="4", metavar="BITS", help=f"{BITS_HELP} (default: %(default)s)")
     parser.add_argument(
         "--router-skew",
         type=options.real,

@@ -3,10 +3,11 @@
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.verify import Damage, VerifyReport, verify
 from flashmoe.convert.describe import describe
-from flashmoe.convert.run import ConvertReport, convert
+from flashmoe.convert.run import Calibration, ConvertReport, convert
 from flashmoe.convert.synth import SynthReport, synth
 
 __all__ = [
+    "Calibration",
     "ConvertReport",
     "Damage",
     "Progress",

@@ -12,8 +12,9 @@ from flashmoe.bundle.codecs import Codec, FfnLayout, TileCodec
 from flashmoe.bundle.manifest import JOURNAL_FILE, MANIFEST_FILE, RESIDENT_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.checkpoint import Checkpoint
+from flashmoe.convert.bits import Bits, parse_bits
 from flashmoe.convert.outline import make_outline
-from flashmoe.convert.plan import DEFAULT_BITS, make_plan
+from flashmoe.convert.plan import Wishes, make_plan
 from flashmoe.convert.sources import Sources
 from flashmoe.convert.traffic import Tensor, stored_nbytes, token_traffic
 from flashmoe.errors import CheckpointError, ConfigError
@@ -24,7 +25,7 @@ from flashmoe.models.registry import find_family
 _BUNDLE_FILES = (MANIFEST_FILE, RESIDENT_FILE, JOURNAL_FILE)
 
 
-def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
+def describe(path: Path | str, *, bits: Bits | str | int | None = None) -> dict[str, Any]:
     """Facts about a bundle directory, a checkpoint (directory or GGUF file) or a config.json, ready for JSON.
 
     Keys: kind (bundle | checkpoint | config), experts_dirs (of a striped bundle only),
@@ -36,18 +37,18 @@ def describe(path: Path | str, *, bits: int | None = None) -> dict[str, Any]:
     skipped (prefix, tensors, nbytes), unknown (names), lossless, note.  For a checkpoint or config they are
     what `convert` with ``bits`` would give.  Raises FlashmoeError as opening it does.
     """
-    path = Path(path)
+    path, wanted = Path(path), parse_bits(bits)
     if path.suffix == ".gguf":
-        return _describe_checkpoint(Checkpoint.open(path), bits)
+        return _describe_checkpoint(Checkpoint.open(path), wanted)
     if path.is_file():
-        return _describe_config(path, bits)
+        return _describe_config(path, wanted)
     if any((path / name).exists() for name in _BUNDLE_FILES):
         return _describe_bundle(Bundle.open(path))
     if not path.is_dir():
         raise CheckpointError(
             f"{path} does not exist: give a bundle, a checkpoint directory or a config.json"
         )
-    return _describe_checkpoint(Checkpoint.open(path), bits)
+    return _describe_checkpoint(Checkpoint.open(path), wanted)
 
 
 def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -68,8 +69,8 @@ def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _describe_checkpoint(checkpoint: Checkpoint, bits: int | None) -> dict[str, Any]:
-    plan = make_plan(checkpoint, bits)
+def _describe_checkpoint(checkpoint: Checkpoint, bits: Bits) -> dict[str, Any]:
+    plan = make_plan(checkpoint, Wishes(bits))
     tensors = [(item.name, item.codec, tuple(item.shape)) for item in plan.resident]
     count = plan.experts[0].count if plan.experts else 0
     return {
@@ -85,14 +86,14 @@ def _describe_checkpoint(checkpoint: Checkpoint, bits: int | None) -> dict[str, 
     }
 
 
-def _describe_config(path: Path, bits: int | None) -> dict[str, Any]:
+def _describe_config(path: Path, bits: Bits) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path} ({error}): give the config.json of a model") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is no JSON object: give the config.json of a model")
-    outline = make_outline(config, bits or DEFAULT_BITS)
+    outline = make_outline(config, bits)
     tensors = [(slot.name, slot.codec, slot.shape) for slot in outline.resident]
     layouts = [outline.ffn] * len(outline.expert_layers)
     return {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, Quantized, TileCodec, pack_ffn
+from flashmoe.bundle.codecs import TILE_BITS, TILE_ROWS, U8, FfnLayout, Quantized, TileCodec, pack_ffn
 from flashmoe.checkpoint import CodedMatrix, Matrix, Run
 from flashmoe.checkpoint.dtypes import F32, U16, HalfType, f32_to_half, half_to_f32, is_exact
+from flashmoe.convert.fit import fit
+from flashmoe.convert.importance import no_importance
 from flashmoe.convert.quantize import quantize
 from flashmoe.errors import CheckpointError
 
-TILE_BITS = (2, 3, 4, 8)
 _BATCH_VALUES = 1 << 21  # values in flight: 8 MiB as float32, about 40 MiB with every temporary
 
 
@@ -23,6 +24,7 @@ class Part:
 
     matrix: Matrix
     runs: tuple[Run, ...]
+    importance: Callable[[], F32 | None] = no_importance  # mean squares of the input [cols], read when needed
 
     @property
     def bits(self) -> int | None:
@@ -37,10 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Form:
-    """How parts are stored: the tile, and whether the source's codes are kept (else they are fitted anew)."""
+    """How parts are stored: the tile, and whether the source's codes are kept or, by `fit`, made anew.
+
+    fit: "squares" (convert/fit.py) or "range" (convert/quantize.py).
+    """
 
     codec: TileCodec
     keep_codes: bool
+    fit: str = "squares"
 
 
 def encode(part: Part, form: Form) -> Quantized:
@@ -63,7 +69,9 @@ def encode_ffn(layout: FfnLayout, parts: Sequence[Part], gate_up: Form, down: Fo
     return pack_ffn(layout, encode(gate, gate_up), encode(up, gate_up), encode(out, down))
 
 
-def choose_form(parts: Sequence[Part], wanted: int | None, default: int, scale_type: HalfType) -> Form:
+def choose_form(
+    parts: Sequence[Part], wanted: int | None, default: int, scale_type: HalfType, fit: str = "squares"
+) -> Form:
     """One form for parts that must share a codec.
 
     Codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed; all else is
@@ -72,11 +80,11 @@ def choose_form(parts: Sequence[Part], wanted: int | None, default: int, scale_t
     sources = [part.bits for part in parts]
     widest = max((bits for bits in sources if bits is not None), default=0)
     if None not in sources and (wanted is None or widest <= wanted):
-        native = widest if len(set(sources)) == 1 and widest in TILE_BITS else 8
+        native = min(bits for bits in TILE_BITS if bits >= widest)
         return Form(TileCodec(wanted or native, _kept_group(parts), scale_type), keep_codes=True)
     fits = [part.matrix.fit for part in parts]
-    suited = max(fit[0] if fit else default for fit in fits)
-    return Form(TileCodec(wanted or suited, _fitted_group(parts)), keep_codes=False)
+    suited = max(found[0] if found else default for found in fits)
+    return Form(TileCodec(wanted or suited, _fitted_group(parts)), keep_codes=False, fit=fit)
 
 
 def needs_scan(parts: Sequence[Part]) -> bool:
@@ -138,7 +146,14 @@ def _encode_batches(part: Part, form: Form) -> Iterator[Quantized]:
         if form.keep_codes and isinstance(part.matrix, CodedMatrix):
             yield _keep(part.matrix, batch, form.codec)
         else:
-            yield quantize(part.matrix.read_values(batch), form.codec.bits, form.codec.group)
+            yield _make(part, part.matrix.read_values(batch), form)
+
+
+def _make(part: Part, values: F32, form: Form) -> Quantized:
+    bits, group = form.codec.bits, form.codec.group
+    if form.fit == "range" or bits == 8:  # at eight bits the range loses nothing that could be measured
+        return quantize(values, bits, group)
+    return fit(values, bits, group, part.importance())
 
 
 def _keep(matrix: CodedMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:

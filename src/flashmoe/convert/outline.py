@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
+from flashmoe.convert.bits import Bits, part_of
 from flashmoe.errors import BundleError, ConfigError
 from flashmoe.models.registry import find_family
 from flashmoe.models.spec import FfnSpec, MatrixSpec, Spec, VectorSpec
@@ -32,29 +33,30 @@ class Outline:
     ffn: FfnLayout
 
 
-def make_outline(raw: Mapping[str, Any], bits: int) -> Outline:
+def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
     """The bundle of a float model converted with ``bits``; raises ConfigError for an unusable config."""
     family = find_family(raw)
     config = family.config(raw)
     spec = family.spec(config)
     try:
-        resident = tuple(_slot(item, 4 if bits <= 4 else 8) for item in spec.resident)
-        ffn = _layout(config.hidden_size, config.moe_intermediate_size, bits)
+        resident = tuple(_slot(item, bits, spec.tied) for item in spec.resident)
+        experts = bits.matrix_bits("experts", "")
+        ffn = _layout(config.hidden_size, config.moe_intermediate_size, experts)
     except BundleError as error:
         raise ConfigError(f"config.json: {error}: flashmoe cannot tile this model") from error
     layers = tuple(item.layer for item in spec.experts)
     return Outline(spec.tied, resident, layers, config.num_experts, ffn)
 
 
-def _slot(spec: Spec, bits: int) -> Slot:
+def _slot(spec: Spec, bits: Bits, tied: bool) -> Slot:
     if isinstance(spec, VectorSpec):
         return Slot(spec.name, DenseCodec("f32"), spec.shape)
     if isinstance(spec, FfnSpec):
-        return Slot(
-            spec.name, _layout(spec.hidden, spec.intermediate, bits), (spec.intermediate, spec.hidden)
-        )
+        layout = _layout(spec.hidden, spec.intermediate, bits.matrix_bits(part_of(spec), spec.name))
+        return Slot(spec.name, layout, (spec.intermediate, spec.hidden))
     assert isinstance(spec, MatrixSpec)
-    codec = _tile(8 if spec.role == "sensitive" else bits, spec.source.cols)
+    part = bits.of_tied_table() if tied and spec.name == "embed_tokens" else part_of(spec)
+    codec = _tile(bits.matrix_bits(part, spec.name, spec.role == "sensitive"), spec.source.cols)
     shape = spec.source.picked_rows, spec.source.cols
     codec.matrix_shape(*shape)
     return Slot(spec.name, codec, shape)

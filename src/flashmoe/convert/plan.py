@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,14 @@ from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout
 from flashmoe.checkpoint import Checkpoint
 from flashmoe.checkpoint.dtypes import HalfType
 from flashmoe.checkpoint.tensors import TensorRef
+from flashmoe.convert.bits import DEFAULT_BITS, SENSITIVE_BITS, Bits, part_of
 from flashmoe.convert.encode import Form, Part, choose_form, needs_scan, plain_scale_type, scan_scale_type
+from flashmoe.convert.importance import NO_IMPORTANCE, Importance
 from flashmoe.errors import CheckpointError, ConfigError
 from flashmoe.models.registry import find_family
 from flashmoe.models.spec import ExpertsSpec, FfnSource, FfnSpec, MatrixSource, MatrixSpec, VectorSpec
 
-DEFAULT_BITS = 4
-_SENSITIVE_BITS = 8
+FITS = ("squares", "range")
 
 # Decisions that needed a look at the data: key -> (scale type, whether it holds the source's scales exactly).
 ScaleTypes = dict[str, tuple[HalfType, bool]]
@@ -148,7 +149,7 @@ class Plan:
         floats = sorted({bits for form, bits in fitted if form == "floats"})
         if floats:
             sizes = " and ".join(map(str, floats))
-            clauses.append(f"quantised from floats to {sizes} bit, affine by the range of each group")
+            clauses.append(f"quantised from floats to {sizes} bit")
         return "; ".join(clauses)
 
     @property
@@ -177,29 +178,39 @@ def layer_refs(item: ExpertsItem) -> set[TensorRef]:
     return {ref for e in range(item.count) for part in item.parts(e) for ref in part.matrix.refs()}
 
 
-def make_plan(checkpoint: Checkpoint, bits: int | None, scale_types: ScaleTypes | None = None) -> Plan:
+@dataclass(frozen=True)
+class Wishes:
+    """What a conversion was asked for: bits, how floats are fitted (FITS), and mean squares of inputs, if known."""
+
+    bits: Bits = field(default_factory=Bits)
+    fit: str = FITS[0]
+    importance: Importance = NO_IMPORTANCE
+
+
+def make_plan(checkpoint: Checkpoint, wishes: Wishes, scale_types: ScaleTypes | None = None) -> Plan:
     """Plan the conversion of a checkpoint.
 
-    ``bits`` are those of routed experts (None: the source's own, or 4 for floats).  ``scale_types`` are the
-    decisions of an earlier plan of the same checkpoint, so that its data need not be there any more.
-    Raises ConfigError for a model or number of bits flashmoe does not do, CheckpointError when a tensor is
-    missing or has another size than config.json asks for.
+    ``scale_types`` are the decisions of an earlier plan of the same checkpoint, so that its data need not be there
+    any more.  Raises ConfigError for a model flashmoe does not do or wishes that contradict each other,
+    CheckpointError when a tensor is missing or has another size than config.json asks for.
     """
-    if bits not in (None, 2, 3, 4, 8):
-        raise ConfigError(f"--bits {bits} is not offered: choose 2, 3, 4 or 8")
+    if wishes.fit not in FITS:
+        raise ConfigError(f"--fit {wishes.fit} is not offered: choose {' or '.join(FITS)}")
     family = find_family(checkpoint.config)
     spec = family.spec(family.config(checkpoint.config))
-    planner = _Planner(checkpoint, bits, scale_types)
+    planner = _Planner(checkpoint, wishes, scale_types, spec.tied)
     resident = [planner.item(s) for s in spec.resident]
     experts = [planner.experts(s) for s in spec.experts]
     return Plan(family.model_type, spec.tied, resident, experts, planner.scale_types)
 
 
 class _Planner:
-    def __init__(self, checkpoint: Checkpoint, bits: int | None, scale_types: ScaleTypes | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, wishes: Wishes, scale_types: ScaleTypes | None, tied: bool
+    ) -> None:
         self._checkpoint = checkpoint
-        self._expert_bits = bits
-        self._resident_bits = None if bits is None else 4 if bits <= 4 else 8
+        self._bits, self._fit, self._importance = wishes.bits, wishes.fit, wishes.importance
+        self._table_part = wishes.bits.of_tied_table() if tied else "embedding"
         self._known = scale_types
         self.scale_types: ScaleTypes = {}
 
@@ -207,29 +218,39 @@ class _Planner:
         if isinstance(spec, VectorSpec):
             return VectorItem(spec.name, spec, self._checkpoint.ref(spec.source))
         if isinstance(spec, MatrixSpec):
-            part = self._part(spec.source)
-            bits = self._kept_or(part, self._resident_bits if spec.role == "plain" else None)
-            if spec.role == "sensitive" and part.bits is None:
-                bits = _SENSITIVE_BITS
-            form = self._form(spec.name, [part], bits)
+            part = self._part(spec.source, spec.name)
+            form = self._form(spec.name, [part], self._matrix_bits(spec, part))
             shape = spec.source.picked_rows, spec.source.cols
             _check_cols(part, form)
             return MatrixItem(spec.name, shape, part, form)
-        parts = self._parts(spec.source)
-        gate_up, down = self._ffn_forms(
-            spec.name, parts[:2], parts[2:], self._kept_or(parts[0], self._resident_bits)
-        )
+        parts = self._parts(spec.source, spec.name)
+        asked = self._bits.asked(part_of(spec), spec.name)
+        bits = self._kept_or(parts[0], self._bits.resident) if asked is None else asked
+        gate_up, down = self._ffn_forms(spec.name, parts[:2], parts[2:], bits)
         layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec)
         return FfnItem(spec.name, layout, parts, gate_up, down)
 
     def experts(self, spec: ExpertsSpec) -> ExpertsItem:
         source = self._expert_form(spec)
-        every = [self._parts(source(e)) for e in range(spec.count)]
+        every = [self._parts(source(e), f"experts.{spec.layer}.{e}") for e in range(spec.count)]
         name = f"experts.{spec.layer}"
         gates, downs = [p for parts in every for p in parts[:2]], [parts[2] for parts in every]
-        gate_up, down = self._ffn_forms(name, gates, downs, self._expert_bits)
+        asked = self._bits.asked("experts", f"layers.{spec.layer}")
+        gate_up, down = self._ffn_forms(name, gates, downs, asked or self._bits.uniform)
         layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec)
         return ExpertsItem(spec.layer, spec.count, layout, every.__getitem__, gate_up, down)
+
+    def _matrix_bits(self, spec: MatrixSpec, part: Part) -> int | None:
+        """None: the source's own, or the default of floats."""
+        name = self._table_part if spec.name == "embed_tokens" else part_of(spec)
+        plain = spec.role == "plain"
+        # A few rows of a linear-attention layer (decay, write strength) keep eight bits whatever the others get.
+        asked = self._bits.asked(name, spec.name) if plain or name == "router" else None
+        if asked is not None:
+            return asked
+        if not plain and part.bits is None:
+            return SENSITIVE_BITS
+        return self._kept_or(part, self._bits.resident if plain else None)
 
     def _kept_or(self, part: Part, bits: int | None) -> int | None:
         """``bits``, unless the source's codes are as small already: widening them would only cost memory."""
@@ -243,12 +264,12 @@ class _Planner:
         return up_form, self._form(f"{name}.down", down, bits)
 
     def _form(self, key: str, parts: Sequence[Part], bits: int | None) -> Form:
-        form = choose_form(parts, bits, DEFAULT_BITS, plain_scale_type(parts))
+        form = choose_form(parts, bits, DEFAULT_BITS, plain_scale_type(parts), self._fit)
         if not form.keep_codes or not needs_scan(parts):
             return form
         decision = scan_scale_type(parts) if self._known is None else self._known[key]
         self.scale_types[key] = decision
-        return choose_form(parts, bits, DEFAULT_BITS, decision[0])
+        return choose_form(parts, bits, DEFAULT_BITS, decision[0], self._fit)
 
     def _expert_form(self, spec: ExpertsSpec) -> Callable[[int], FfnSource]:
         for form in spec.forms:
@@ -260,11 +281,13 @@ class _Planner:
             " download all of it again"
         )
 
-    def _parts(self, source: FfnSource) -> tuple[Part, Part, Part]:
-        return self._part(source.gate), self._part(source.up), self._part(source.down)
+    def _parts(self, source: FfnSource, name: str) -> tuple[Part, Part, Part]:
+        gate_up, down = (f"{name}.{which}" for which in ("gate_up", "down"))
+        return self._part(source.gate, gate_up), self._part(source.up, gate_up), self._part(source.down, down)
 
-    def _part(self, source: MatrixSource) -> Part:
-        return Part(self._checkpoint.matrix(source.module, source.rows, source.cols), source.runs)
+    def _part(self, source: MatrixSource, name: str) -> Part:
+        matrix = self._checkpoint.matrix(source.module, source.rows, source.cols)
+        return Part(matrix, source.runs, self._importance.reader(name, source.cols))
 
 
 def scale_types_to_json(scale_types: ScaleTypes) -> dict[str, Any]:

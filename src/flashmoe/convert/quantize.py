@@ -1,11 +1,14 @@
-"""Float weights to affine codes: min/max per group; scale and bias are rounded to bf16 before the codes."""
+"""Float weights to affine codes by the range of each group: exact for what lies on a grid, and fast.
+
+Scale and bias are rounded to bf16 before the codes are chosen.  convert/fit.py improves on it below eight bits.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from flashmoe.bundle.codecs import Quantized, ceil_div
-from flashmoe.checkpoint.dtypes import F32, f32_to_half, half_to_f32
+from flashmoe.checkpoint.dtypes import F32, U16, f32_to_half, half_to_f32
 
 
 def quantize(values: F32, bits: int, group: int) -> Quantized:
@@ -21,19 +24,25 @@ def quantize(values: F32, bits: int, group: int) -> Quantized:
     if cols % group:  # repeat the last column: it moves neither end of its group's range
         values = np.pad(values, ((0, 0), (0, groups * group - cols)), mode="edge")
     grid = values.reshape(rows, groups, group)
-    low, high = grid.min(axis=2), grid.max(axis=2)
-    raw_scale, raw_bias = _fit(low, high, (1 << bits) - 1)
-    scale, bias = half_to_f32(raw_scale, "bf16")[:, :, None], half_to_f32(raw_bias, "bf16")[:, :, None]
-    steps = grid - bias
-    np.divide(steps, np.where(scale == 0, np.float32(1), scale), out=steps)
-    np.rint(steps, out=steps)
-    np.clip(steps, 0, (1 << bits) - 1, out=steps)
-    steps *= scale != 0
-    codes = steps.astype(np.uint8).reshape(rows, groups * group)
+    top = (1 << bits) - 1
+    raw_scale, raw_bias = range_fit(grid.min(axis=2), grid.max(axis=2), top)
+    scale, bias = half_to_f32(raw_scale, "bf16"), half_to_f32(raw_bias, "bf16")
+    codes = codes_of(grid, scale, bias, top).astype(np.uint8).reshape(rows, groups * group)
     return Quantized(codes[:, :cols], raw_scale, raw_bias)
 
 
-def _fit(low: F32, high: F32, top: int) -> tuple[np.ndarray, np.ndarray]:
+def codes_of(grid: F32, scale: F32, bias: F32, top: int) -> F32:
+    """The nearest codes 0 .. top, as float32, of values [rows, groups, G]; scale and bias [rows, groups]."""
+    s, b = scale[:, :, None], bias[:, :, None]
+    steps: F32 = grid - b
+    np.divide(steps, np.where(s == 0, np.float32(1), s), out=steps)
+    np.rint(steps, out=steps)
+    np.clip(steps, 0, top, out=steps)
+    steps *= s != 0
+    return steps
+
+
+def range_fit(low: F32, high: F32, top: int) -> tuple[U16, U16]:
     """bf16 patterns of scale and bias: code 0 sits at the end of the range that bf16 represents better.
 
     At 8 bits the rounding of the bias costs up to half a step, so the choice of the end matters there.

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,14 +19,18 @@ from flashmoe.bundle.writer import write_manifest, write_whole
 from flashmoe.checkpoint import Checkpoint, Skipped, read_config
 from flashmoe.checkpoint.checkpoint import header_from_json, header_to_json, read_shard
 from flashmoe.checkpoint.gguf.model import find_gguf
+from flashmoe.convert.bits import Bits, parse_bits
 from flashmoe.convert.encode import encode_ffn, encode_tiles
+from flashmoe.convert.importance import NO_IMPORTANCE, Importance
 from flashmoe.convert.journal import Journal
 from flashmoe.convert.plan import (
+    FITS,
     ExpertsItem,
     Item,
     MatrixItem,
     Plan,
     VectorItem,
+    Wishes,
     make_plan,
     scale_types_from_json,
     scale_types_to_json,
@@ -43,6 +48,15 @@ from flashmoe.convert.units import (
 )
 from flashmoe.convert.writing import Stripes, UnitWriter, open_output
 from flashmoe.errors import BundleError, CheckpointError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration run found out: the file of importances, and facts on it for the manifest."""
+
+    importance: Path
+    facts: Mapping[str, Any]
+
 
 VERBATIM_FILES = (
     "config.json",
@@ -71,15 +85,19 @@ def convert(
     src: Path | str,
     dst: Path | str,
     *,
-    bits: int | None = None,
+    bits: Bits | str | int | None = None,
+    fit: str = FITS[0],
+    calibration: Calibration | None = None,
     consume_source: bool = False,
     experts_dirs: Sequence[Path | str] = (),
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert the checkpoint ``src`` (directory or GGUF file) into a bundle at ``dst``; memory stays below about 1 GiB.
 
-    ``bits`` (2, 3, 4, 8) are those of routed experts; None keeps an MLX source's own (lossless) and means 4
-    for floats.  Killed at any point, the same call goes on where it stopped and ends with the same bytes.
+    ``bits``: of routed experts ("4"), or by part ("experts=4,attention=8,head=6", see convert/bits.py); None keeps a
+    quantised source's own (lossless) and means 4 for floats.  ``fit``: how floats become codes below eight bits,
+    "squares" (least squares, weighted where ``calibration`` knows the inputs) or "range".
+    Killed at any point, the same call goes on where it stopped and ends with the same bytes.
     ``consume_source`` deletes each shard once all its tensors are durably written: the source is lost, and
     with it the tensors that text generation does not use (vision, multi-token prediction).
     ``experts_dirs`` share the routed experts instead of the bundle keeping them itself: one on each drive.
@@ -87,10 +105,12 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     _check_source(src, dst)
+    importance = Importance.open(calibration.importance) if calibration is not None else NO_IMPORTANCE
+    wishes = Wishes(parse_bits(bits), fit, importance)
     journal = open_output(dst)
     try:
         stripes = Stripes(dst, [Path(directory) for directory in experts_dirs], journal)
-        conversion = _Conversion(src, dst, journal, bits, stripes)
+        conversion = _Conversion(src, dst, journal, wishes, calibration, stripes)
         return conversion.run(consume_source, progress)
     except BaseException:
         journal.remove_if_empty()
@@ -118,8 +138,17 @@ def _check_source(src: Path, dst: Path) -> None:
 class _Conversion:
     """One run: its plan, and the files it consists of."""
 
-    def __init__(self, src: Path, dst: Path, journal: Journal, bits: int | None, stripes: Stripes) -> None:
-        self._src, self._dst, self._journal, self._bits, self._stripes = src, dst, journal, bits, stripes
+    def __init__(
+        self,
+        src: Path,
+        dst: Path,
+        journal: Journal,
+        wishes: Wishes,
+        calibration: Calibration | None,
+        stripes: Stripes,
+    ) -> None:
+        self._src, self._dst, self._journal, self._stripes = src, dst, journal, stripes
+        self._wishes, self._calibration = wishes, calibration
         self._resumed = journal.start is not None
         self._checkpoint, self._plan = self._resume() if self._resumed else self._begin()
         self._resident = resident_unit(self._plan.resident, self._plan.tied, self._item_bytes)
@@ -166,13 +195,13 @@ class _Conversion:
 
     def _begin(self) -> tuple[Checkpoint, Plan]:
         checkpoint = Checkpoint.open(self._src)
-        plan = make_plan(checkpoint, self._bits)
+        plan = make_plan(checkpoint, self._wishes)
         texts = dict(checkpoint.texts or {})
         for name, data in texts.items():  # now, because the file they come from may be deleted before the end
             write_whole(self._dst / name, data)
         self._journal.begin(
             {
-                "bits": self._bits,
+                **self._options,
                 "config": _config_hash(checkpoint),
                 "texts": {name: xxhash.xxh3_64_hexdigest(data) for name, data in texts.items()},
                 "shards": {name: checkpoint.fingerprint(name) for name in checkpoint.headers},
@@ -190,8 +219,11 @@ class _Conversion:
             raise BundleError(
                 f"{self._dst} was begun by another command: delete it or choose another directory"
             )
-        if start["bits"] != self._bits:
-            raise BundleError(f"{self._dst} was begun with --bits {start['bits']}, not {self._bits}: {again}")
+        for key, value in self._options.items():
+            if start.get(key) != value:
+                raise BundleError(
+                    f"{self._dst} was begun with --{key} {start.get(key)}, not {value}: {again}"
+                )
         headers = {name: header_from_json(value) for name, value in start["headers"].items()}
         texts = {name: _read_small(self._dst / name) for name in start.get("texts", {})}
         folder = self._src.parent if texts and self._src.suffix == ".gguf" else self._src
@@ -205,7 +237,16 @@ class _Conversion:
         for name, fingerprint in start["shards"].items():
             if (folder / name).exists() and not _is_same(checkpoint, name, fingerprint):
                 raise BundleError(f"{folder / name} has changed since {self._dst} was begun: {again}")
-        return checkpoint, make_plan(checkpoint, self._bits, scale_types_from_json(start["scale_types"]))
+        return checkpoint, make_plan(checkpoint, self._wishes, scale_types_from_json(start["scale_types"]))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What must be the same for a conversion to go on, by the names of the command's options."""
+        wishes = self._wishes
+        bits: Any = str(wishes.bits) or None
+        if wishes.bits.units:
+            bits = {"parts": bits, "units": dict(wishes.bits.units)}
+        return {"bits": bits, "fit": wishes.fit, "calibrate": wishes.importance.fingerprint}
 
     def _item_bytes(self, item: Item) -> Iterator[U8]:
         """The stored bytes of a resident item, in chunks."""
@@ -228,6 +269,7 @@ class _Conversion:
             source={"name": self._src.resolve().name, "kind": checkpoint.kind, "shards": start["shards"]},
             quantization_note=plan.note,
             lossless=plan.lossless,
+            quantization=self._quantization(),
             tensors=tensor_records(self._resident, plan.resident, self._hashes(self._resident.key)),
             expert_count=self._expert_count,
             experts=[layer_record(item.layer, item.layout, pieces, len(links)) for item in plan.experts],
@@ -237,6 +279,13 @@ class _Conversion:
             ],
             files=_copy_verbatim(checkpoint, self._dst),
         )
+
+    def _quantization(self) -> dict[str, Any]:
+        """What was asked for; the codecs of the tensors say what became of it."""
+        facts: dict[str, Any] = {key: value for key, value in self._options.items() if value is not None}
+        if all(form.keep_codes for form, _ in self._plan.forms):
+            del facts["fit"]  # nothing was fitted
+        return facts if self._calibration is None else facts | {"calibration": dict(self._calibration.facts)}
 
     @property
     def _expert_count(self) -> int:

@@ -16,6 +16,7 @@ from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, TileCodec
 from flashmoe.bundle.manifest import FileRecord, Manifest
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import write_manifest, write_whole
+from flashmoe.convert.bits import Bits, parse_bits
 from flashmoe.convert.journal import Journal
 from flashmoe.convert.outline import Outline, Slot, make_outline
 from flashmoe.convert.synth_text import (
@@ -49,7 +50,7 @@ def synth(
     dst: Path | str,
     *,
     layers: int | None = None,
-    bits: int = 4,
+    bits: Bits | str | int = 4,
     router_skew: float = 0.0,
     seed: int = 0,
     experts_dirs: Sequence[Path | str] = (),
@@ -57,23 +58,21 @@ def synth(
 ) -> SynthReport:
     """Write a bundle of random weights shaped by a real config.json; the same arguments give the same bytes.
 
-    ``layers`` keeps only that many leading layers; ``bits`` are those of routed experts (the rest has 4 bits,
-    8 above 4, gates 8).  With ``router_skew`` S the r-th favourite expert of a layer is chosen about
-    min(0.45, c * r**-S) of the time (0: evenly).  The tokenizer knows single bytes only.
+    ``layers`` keeps only that many leading layers; ``bits`` as for convert() of floats.  With ``router_skew``
+    S the r-th favourite expert of a layer is chosen about min(0.45, c * r**-S) of the time (0: evenly).  The
+    tokenizer knows single bytes only.
     ``experts_dirs`` share the routed experts, as for convert().
     Raises ConfigError or BundleError, one line each.
     """
     config_json, dst = Path(config_json), Path(dst)
     raw = _read_config(config_json)
-    if bits not in (2, 3, 4, 8):
-        raise ConfigError(f"--bits {bits} is not offered: choose 2, 3, 4 or 8")
     if not 0 <= router_skew <= 4:
         raise ConfigError(f"--router-skew {router_skew} is out of range: choose 0 (even) to 4 (nearly fixed)")
     raw = raw if layers is None else _with_layers(raw, layers)
-    make_outline(raw, bits)  # every complaint about the config comes before dst is created
+    make_outline(raw, parse_bits(bits))  # every complaint about the config comes before dst is created
     journal = open_output(dst)
     try:
-        options = {"synth": raw, "bits": bits, "router_skew": router_skew, "seed": seed}
+        options = {"synth": raw, "bits": str(parse_bits(bits)), "router_skew": router_skew, "seed": seed}
         stripes = Stripes(dst, [Path(directory) for directory in experts_dirs], journal)
         return _Synthesis(raw, dst, journal, options, stripes).run(config_json.name, progress)
     except BaseException:
@@ -92,7 +91,7 @@ class _Synthesis:
         self._begin(options)
         self._family = find_family(raw)
         self._config = self._family.config(raw)
-        self._outline: Outline = make_outline(raw, options["bits"])
+        self._outline: Outline = make_outline(raw, parse_bits(options["bits"]))
         self._pools: dict[tuple[TileCodec, float], TilePool] = {}
         # Far larger than a record, so that the records of a layer differ; small for tiny models.
         self._pool_nbytes = min(_POOL_NBYTES, max(1 << 20, 64 * self._outline.ffn.record_nbytes))

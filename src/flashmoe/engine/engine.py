@@ -25,6 +25,7 @@ from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.sampler import Sampler
 from flashmoe.errors import PromptError
+from flashmoe.kernels.cpu import CpuOps
 from flashmoe.models.decoder import SequenceState
 from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
@@ -143,6 +144,16 @@ class Engine:
     def logit_rows(self) -> int:
         """How many tokens feed() may take at a time when the logits of all are wanted, within the memory plan."""
         return min(self._options.logit_rows, self.plan.prefill_chunk)
+
+    @property
+    def ops(self) -> CpuOps:
+        """The backend: its instruction set and threads."""
+        return self._parts.ops
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of weights and state that one decoded token reads, wherever they are, short of its keys and values."""
+        return self._parts.token_nbytes
 
     @property
     def states(self) -> list[SequenceState]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from flashmoe.engine.engine import Engine
 from flashmoe.errors import ConfigError
 from flashmoe.evaluation.perplexity import Progress
-from flashmoe.evaluation.scoring import F64, log_softmax, logit_blocks
+from flashmoe.evaluation.scoring import F32, F64, log_softmax, logit_blocks
 from flashmoe.evaluation.windows import Window
 
 
@@ -32,10 +33,35 @@ class Divergence:
     positions: int
 
 
+class Reference(Protocol):
+    """Where the better logits come from."""
+
+    def rows(self, most: int) -> int:
+        """Rows of a block, at most ``most``."""
+
+    def blocks(self, window: Window, rows: int) -> Iterator[tuple[int, F32]]:
+        """As logit_blocks() of the window from its first scored token on."""
+
+
+class LiveReference:
+    """An engine that computes them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def rows(self, most: int) -> int:
+        """See Reference."""
+        return min(most, self._engine.logit_rows)
+
+    def blocks(self, window: Window, rows: int) -> Iterator[tuple[int, F32]]:
+        """See Reference."""
+        return logit_blocks(self._engine, window.ids, window.first_scored, rows)
+
+
 def divergence(
-    engine: Engine, reference: Engine, windows: Sequence[Window], progress: Progress | None = None
+    engine: Engine, reference: Reference, windows: Sequence[Window], progress: Progress | None = None
 ) -> Divergence:
-    """Feed both engines all windows.  Raises what Engine.feed() raises, ConfigError when their vocabularies differ."""
+    """Feed both all windows.  Raises what Engine.feed() raises, ConfigError when their vocabularies differ."""
     total = sum(len(window.ids) for window in windows)
     done = 0
     found: list[F64] = []
@@ -56,12 +82,12 @@ def divergence(
     )
 
 
-def _window(engine: Engine, reference: Engine, window: Window) -> Iterator[F64]:
+def _window(engine: Engine, reference: Reference, window: Window) -> Iterator[F64]:
     """[4, rows]: divergence, whether the top tokens agree, -log p of the token under the bundle and the reference."""
-    rows = min(engine.logit_rows, reference.logit_rows)
+    rows = reference.rows(engine.logit_rows)
     both = zip(
         logit_blocks(engine, window.ids, window.first_scored, rows),
-        logit_blocks(reference, window.ids, window.first_scored, rows),
+        reference.blocks(window, rows),
         strict=True,
     )
     for (begin, logits), (_, wanted) in both:
