@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe.checkpoint.tensors import TensorRef
 from flashmoe.errors import CheckpointError
 
 Table = dict[str, Any]
@@ -17,8 +19,8 @@ Table = dict[str, Any]
 class Metadata:
     """Look-ups below an architecture's prefix.  Values of the wrong type stay: the model's own checks name them."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """``tensors``: name -> shape, of all files of the model."""
+    def __init__(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> None:
+        """``tensors``: those of all files of the model by their names there."""
         self.path, self.tensors, self._values = path, tensors, values
         self.architecture = values.get("general.architecture")
 
@@ -65,9 +67,9 @@ def _common(meta: Metadata) -> Table:
     head_dim = meta.get("attention.key_length")
     if head_dim is None and type(hidden) is int and type(heads) is int and heads:
         head_dim = hidden // heads
-    vocabulary = meta.tensors.get("token_embd.weight", (0,))[0]
+    embedding = meta.tensors.get("token_embd.weight")
     table = {
-        "vocab_size": vocabulary,
+        "vocab_size": embedding.entry.shape[0] if embedding is not None and embedding.entry.shape else None,
         "hidden_size": hidden,
         "intermediate_size": meta.get("feed_forward_length"),
         "num_hidden_layers": meta.layers,
@@ -81,7 +83,7 @@ def _common(meta: Metadata) -> Table:
         "tie_word_embeddings": "output.weight" not in meta.tensors,
         "attention_bias": meta.has_tensor("attn_q.bias"),
     }
-    return table | _token_ids(meta) | _rope_scaling(meta)
+    return table | _token_ids(meta) | _rope_scaling(meta, head_dim)
 
 
 def _token_ids(meta: Metadata) -> Table:
@@ -93,13 +95,11 @@ def _token_ids(meta: Metadata) -> Table:
     return ids
 
 
-def _rope_scaling(meta: Metadata) -> Table:
+def _rope_scaling(meta: Metadata, head_dim: Any) -> Table:
+    table = meta.tensors.get("rope_freqs.weight")
+    if table is not None:
+        return {"rope_scaling": _llama3_scaling(meta, table, head_dim)}
     kind = meta.get("rope.scaling.type", "none")
-    if "rope_freqs.weight" in meta.tensors:
-        raise CheckpointError(
-            f"{meta.path} scales its rotations by a table (rope_freqs.weight, Llama 3.1 and later), which flashmoe"
-            " does not read: convert the safetensors variant"
-        )
     if kind == "none":
         return {}
     scaling = {"rope_type": kind, "factor": meta.get("rope.scaling.factor")}
@@ -114,6 +114,32 @@ def _rope_scaling(meta: Metadata) -> Table:
         if meta.get(f"rope.scaling.{key}") is not None:
             scaling[name] = meta.get(f"rope.scaling.{key}")
     return {"rope_scaling": scaling}
+
+
+def _llama3_scaling(meta: Metadata, table: TensorRef, head_dim: Any) -> Table:
+    """The four numbers behind the table of divisors that llama.cpp stores for Llama 3.1 and later.
+
+    All published models share the last three; other tables are refused, for they cannot be told apart from rounding.
+    """
+    low, high, original = 1.0, 4.0, 8192
+    theta = meta.get("rope.freq_base", 10000.0)
+    pairs = table.entry.shape[-1] if table.entry.shape else 0
+    if (
+        table.entry.dtype == "F32"
+        and type(head_dim) is int
+        and 2 * pairs == head_dim
+        and isinstance(theta, float)
+    ):
+        found = table.floats([(0, 1)])[0].astype(np.float64)
+        factor = float(found.max())
+        turns = original * theta ** (-np.arange(pairs) / pairs) / (2 * math.pi)
+        mix = np.clip((turns - low) / (high - low), 0, 1)
+        if factor > 0 and np.allclose(found, 1 / ((1 - mix) / factor + mix), rtol=1e-3):
+            kind = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return kind | {"original_max_position_embeddings": original}
+    raise CheckpointError(
+        f"{table.where} is no table of Llama 3.1 or 3.2: convert the model's safetensors variant"
+    )
 
 
 def _llama(meta: Metadata) -> Table:

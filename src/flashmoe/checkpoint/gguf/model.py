@@ -16,6 +16,7 @@ from flashmoe.checkpoint.gguf.tokenizer import tokenizer_files
 from flashmoe.checkpoint.header import Header
 from flashmoe.checkpoint.matrices import Matrix
 from flashmoe.checkpoint.reordered import reordered
+from flashmoe.checkpoint.tensors import TensorRef
 from flashmoe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -75,10 +76,12 @@ def open_gguf(files: list[Path]) -> GgufModel:
     """Read the headers of a model's files; the first has the metadata.  Raises CheckpointError."""
     found: dict[str, GgufHeader] = {file.name: read_gguf(file) for file in files}
     metadata = found[files[0].name].metadata
-    shapes = {
-        name: entry.shape for header in found.values() for name, entry in header.tensors.tensors.items()
+    tensors = {
+        name: TensorRef(entry, file)
+        for file in files
+        for name, entry in found[file.name].tensors.tensors.items()
     }
-    config = config_of(Metadata(files[0], metadata, shapes))
+    config = config_of(Metadata(files[0], metadata, tensors))
     texts = {"config.json": json.dumps(config, indent=2).encode(), **tokenizer_files(files[0], metadata)}
     return GgufModel(config, {name: header.tensors for name, header in found.items()}, texts)
 

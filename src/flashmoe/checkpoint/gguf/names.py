@@ -63,6 +63,8 @@ class Names:
     def canonical(self, original: str) -> tuple[str, str | None]:
         """The name that models ask for, and the prefix under which the tensor is skipped, if it is."""
         stem, _, end = original.rpartition(".")
+        if original.startswith("rope_"):  # what config_of() has turned into numbers
+            return original, "rope_"
         if not original.startswith("blk."):
             return (f"{_TOP[stem]}.{end}", None) if stem in _TOP else (original, None)
         _, number, name = (*original.split(".", 2), "")[:3]
