@@ -59,7 +59,7 @@ class ReorderedMatrix(Matrix):
     def fit(self) -> tuple[int, int] | None:
         """That of the matrix in the file; for codes that cannot be kept, as many bits."""
         if isinstance(self.base, CodedMatrix):
-            return next(bits for bits in (2, 3, 4, 8) if bits >= self.base.bits), self.base.group
+            return next(bits for bits in (2, 3, 4, 6, 8) if bits >= self.base.bits), self.base.group
         return self.base.fit
 
     def read_values(self, runs: Sequence[Run]) -> F32:

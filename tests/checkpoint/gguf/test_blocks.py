@@ -32,8 +32,8 @@ HALVES = {
 }  # fmt: skip
 # Largest error of a bundle's value, in parts of the largest of 256 values in a row, as measured (docs/formats.md).
 ERRORS = {
-    "Q4_K": 5e-4, "Q5_K": 5e-4, "IQ4_XS": 5e-4, "Q6_K": 8e-3, "Q2_K": 0.08, "Q3_K": 0.08, "IQ1_S": 0.08, "IQ1_M": 0.08,
-    "IQ2_XXS": 0.08, "IQ2_XS": 0.08, "IQ2_S": 0.08, "IQ3_XXS": 0.08, "IQ3_S": 0.08, "NVFP4": 8e-3, "TQ1_0": 8e-3,
+    "Q4_K": 5e-4, "Q5_K": 5e-4, "IQ4_XS": 5e-4, "Q6_K": 8e-3, "NVFP4": 8e-3, "TQ1_0": 8e-3, "Q2_K": 0.08, "Q3_K": 0.12,
+    "IQ1_S": 0.12, "IQ1_M": 0.12, "IQ2_XXS": 0.12, "IQ2_XS": 0.14, "IQ2_S": 0.14, "IQ3_XXS": 0.12, "IQ3_S": 0.12,
 }  # fmt: skip
 ROWS, COLS = 48, 512
 
