@@ -31,6 +31,15 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache directory, for the programs that tests start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path
+
+
 @pytest.fixture(scope="session")
 def demo_bundle() -> Path:
     """The committed demo bundle; its absence is a failure, because it belongs to the checkout."""
@@ -135,6 +144,7 @@ class ScriptedEngine:
         self.plan = SimpleNamespace(describe=lambda: "plan")
         self.finish_reason: str | None = None
         self.closed = False
+        self.notice = ""
         self.options: Any = None
         self.prompt: list[int] = []
         self.params: Any = None

@@ -28,6 +28,11 @@ def api_key() -> str | None:
     return os.environ.get("FLASHMOE_API_KEY") or None
 
 
+def user_cache_dir() -> Path:
+    """Where a user's programs keep what they can do without: XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def memory_total() -> int:
     """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

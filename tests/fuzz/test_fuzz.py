@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +25,7 @@ from flashmoe.checkpoint.gguf.header import read_gguf
 from flashmoe.cli.inspect import _describe
 from flashmoe.convert import convert, describe
 from flashmoe.engine.engine import Engine, EngineOptions
+from flashmoe.store.usage import UsageCounts
 
 Contained = Callable[[Path, Callable[[], object]], str]
 Place = tuple[Any, ...]
@@ -355,3 +358,35 @@ def test_config_of_a_checkpoint(
         file = files.path / "config.json"
         file.write_bytes(data.draw(changed(file.read_bytes())))
         use_checkpoint(contained, files.path)
+
+
+@pytest.fixture(scope="module")
+def usage_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("usage") / "usage"
+    counts = UsageCounts({0: 5, 2: 3})
+    counts.add(0, np.array([[1, 2], [2, 4]], np.int32))
+    counts.save(file, "me")
+    return file.read_bytes()
+
+
+@budget(150)
+@given(data=st.data(), mend=st.booleans())
+def test_usage_file(tmp_path: Path, usage_file: bytes, data: st.DataObject, mend: bool) -> None:
+    """mend: the checksum is made right again, so that what stands behind it is reached."""
+    head = 16 + 8
+    if mend:
+        length = int.from_bytes(usage_file[head : head + 4], "little")
+        header = data.draw(changed(usage_file[head + 4 : head + 4 + length]))
+        counts = data.draw(changed_bytes(usage_file[head + 4 + length :]))
+        body = len(header).to_bytes(4, "little") + header + counts
+        hostile = usage_file[:16] + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body
+    else:
+        hostile = data.draw(changed_bytes(usage_file))
+    file = tmp_path / "usage"
+    file.write_bytes(hostile)
+    counts_read = UsageCounts({0: 5, 2: 3})
+    with contextlib.suppress(ValueError):
+        counts_read.load(file, "me")
+    for layer in (0, 2):
+        assert np.isfinite(counts_read.counts(layer)).all()
+    assert set(counts_read.favourites(8)) == {0, 2}

@@ -79,6 +79,24 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.broken_before[layer] & set(wanted)
 
     @rule(layer=layer_numbers, experts=expert_sets)
+    def fill(self, layer: int, experts: set[int]) -> None:
+        """Nothing leaves for what nobody has asked for, and it counts as neither hit nor miss."""
+        cache, wanted = self.world.cache, sorted(experts)
+        free, resident, before = cache.free_slots, self.world.resident(), cache.stats()
+        coming = {expert for owner, expert in cache._foreseen.values() if owner == layer}
+        missing = [e for e in wanted if (layer, e) not in resident and e not in coming]
+        try:
+            assert cache.fill(layer, wanted) == (len(missing) <= free)
+            assert {(layer, e) for e in missing[:free]} <= self.world.resident()
+        except ReadError:
+            assert self.broken_before[layer] & set(missing)
+        cache.prefer(layer, wanted)
+        assert resident <= self.world.resident()
+        done = cache.stats().since(before)
+        assert (done.total.hits, done.total.misses, done.total.stall_seconds) == (0, 0, 0.0)
+        assert done.missed_bytes == 0
+
+    @rule(layer=layer_numbers, experts=expert_sets)
     def stream(self, layer: int, experts: set[int]) -> None:
         self.attempt(layer, sorted(experts), lambda: self.visit(layer, sorted(experts), len(experts)))
 

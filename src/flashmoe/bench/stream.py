@@ -1,8 +1,11 @@
 """Decode and prefill of a model that does not fit: speed beside its bound at several memory budgets.
 
-Every budget runs in a process of its own, so that its peak memory is its own.  Bound of decode: the bytes that were
-missed, at the rate that the drive gave while it was busy in this very run, or the weights at the memory's bandwidth,
-whichever takes longer.  Bound of a prompt: what it read at that rate, or the time inside the kernels.
+Every budget runs in a process of its own, so that its peak memory is its own.  All slots are filled before anything is
+measured: a read into memory that was never touched waits for the system to find and clear it.
+
+Bound of decode: the bytes that were missed, at the rate that the drive gave while it was busy in this very run, or the
+weights at the memory's bandwidth, whichever takes longer.  Bound of a prompt: what it read at that rate, or the time
+inside the kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class StreamOptions:
 
     bundle: str
     memory_bytes: int | None
-    warm: int = 16  # decoded before anything is measured, so that the pool is full
+    warm: int = 16  # decoded before anything is measured
     tokens: int = 32
     prompt: int = 0
     lookahead: str = "auto"
@@ -64,8 +67,7 @@ def measure(options: StreamOptions) -> dict[str, Any]:
         digest = xxhash.xxh3_64()
         for state in engine.states:
             state.clear()
-        if bench.resident:
-            bench.warm()
+        bench.warm()
         _steps(engine, ids[: options.warm], digest)
         report: dict[str, Any] = {
             "memory_bytes": plan.budget_nbytes,
@@ -92,7 +94,7 @@ def _steps(engine: Engine, ids: list[list[int]], digest: Any) -> None:
 
 def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, Any]:
     steps, width = len(ids), len(ids[0])
-    report = _observed(bench, lambda: _steps(bench.engine, ids, digest), steps * width)
+    report = observed(bench, lambda: _steps(bench.engine, ids, digest), steps * width)
     # What a step touches at least: all that is always needed, each sequence's state, and each distinct expert once.
     experts = report["experts_asked"] / steps
     nbytes = bench.always_nbytes(width) + experts * bench.engine.plan.record_nbytes
@@ -117,12 +119,12 @@ def _prefill(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:
         bench.engine.start()
         digest.update(bench.engine.feed(ids, "last").data)
 
-    report = _observed(bench, work, len(ids))
+    report = observed(bench, work, len(ids))
     bound = max(report["read_seconds"], report["kernel_seconds"])
     return report | {"bound_tok_s": len(ids) / bound, "share_of_bound": report["tok_s"] * bound / len(ids)}
 
 
-def _observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
+def observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
     """Run `work` and tell its speed and what the drive did meanwhile."""
     parts = bench.engine._parts
     before, reads = parts.cache.stats(), parts.reader.stats()

@@ -113,6 +113,11 @@ class LLM:
         return self._engine.cache_stats()
 
     @property
+    def notice(self) -> str:
+        """One line about a usage file that could not be used, or after close() not be written; empty if all is well."""
+        return self._engine.notice
+
+    @property
     def plan(self) -> MemoryPlan:
         """How the memory budget is split."""
         return self._engine.plan

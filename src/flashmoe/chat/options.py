@@ -32,6 +32,9 @@ class LoadOptions(TypedDict, total=False):
     verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.
     logit_rows: tokens whose logits an evaluation looks at together; counted by the memory plan.
     experts_dirs: of a striped bundle, directories that are not where its links lead, in any order.
+    usage_file: a file that remembers which experts are used, from run to run; at the next start those used most are
+    read while nobody waits.  "auto" keeps it in the user's cache directory; "off", as left out, neither reads nor
+    writes one.
     """
 
     memory: str | int | None
@@ -48,6 +51,7 @@ class LoadOptions(TypedDict, total=False):
     verify_reads: bool
     logit_rows: int
     experts_dirs: Sequence[str | Path]
+    usage_file: str | Path
 
 
 def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
@@ -68,6 +72,7 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
         verify_reads=given.get("verify_reads", False),
         logit_rows=given.get("logit_rows", 1),
         experts_dirs=tuple(map(Path, given.get("experts_dirs", ()))),
+        usage_file=given.get("usage_file", "off"),
     )
 
 

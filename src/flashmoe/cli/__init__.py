@@ -37,6 +37,7 @@ BENCHES = {
     "io": "bench_io",
     "io-experiments": "bench_io_experiments",
     "serve": "bench_serve",
+    "warm-start": "bench_warm_start",
 }
 
 EXIT_ERROR = 1

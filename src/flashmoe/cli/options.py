@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def add_memory(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_usage_file(parser: argparse._ActionsContainer) -> None:
+    """--usage-file, the same wherever a model is run for somebody."""
+    parser.add_argument(
+        "--usage-file",
+        default="auto",
+        metavar="auto|off|FILE",
+        help="remembers which experts are used, to read those first at the next start (default: auto, in "
+        "~/.cache/flashmoe/usage)",
+    )
+
+
 def add_kv_cache(parser: argparse._ActionsContainer) -> None:
     """--kv-cache, the same where a model is run and where its memory is planned."""
     parser.add_argument(
@@ -126,3 +138,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """The one object of a --json run."""
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_notice(text: str) -> None:
+    """A line on stderr for what went another way than asked without being an error; nothing for an empty one."""
+    if text:
+        print(f"flashmoe: {text}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.cli import options, structured
@@ -60,6 +60,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in _SAMPLING:
         sampling.add_argument(flag, type=kind, metavar="N" if kind is options.whole else "X", help=text)
     structured.configure(parser)
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="hit rate and stalls of each layer, and the drive, live on stderr (a table where that is no terminal)",
+    )
     _configure_machine(parser.add_argument_group("machine", "none of these changes a bit of the output"))
     lossy = parser.add_argument_group("changes the output")
     lossy.add_argument(
@@ -99,6 +104,7 @@ def _configure_machine(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument(
         "--verify-reads", action="store_true", help="compare every weight with its checksum as it is read"
     )
+    options.add_usage_file(machine)
     options.add_experts_dirs(machine, options.MOVED_DIR)
 
 
@@ -121,16 +127,23 @@ def execute(args: argparse.Namespace) -> int:
         lookahead=args.lookahead,
         verify_reads=args.verify_reads,
         experts_dirs=args.experts_dirs,
+        usage_file=args.usage_file,
         structured=form is not None,
     ) as llm:
         if llm.lossy:
             print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)
+        options.print_notice(llm.notice)
         params = llm.sampling_params(max_tokens=args.max_tokens, **_given_sampling(args))
         chunks = llm.stream(_prompt_ids(llm, prompt, args), params, structured=form)
-        if args.json:
-            options.print_json(_report(llm, chunks))
+        if args.stats:
+            _run_with_stats(llm, chunks, args.json)
+        elif args.json:
+            options.print_json(_report(llm, list(chunks)))
         else:
             _show(llm, chunks)
+        known = llm.notice
+    if llm.notice != known:  # the file is written in the end
+        options.print_notice(llm.notice)
     return 0
 
 
@@ -177,8 +190,7 @@ def _lossy_note(llm: LLM) -> str:
     return f"lossy: {', '.join(reasons)}"
 
 
-def _report(llm: LLM, chunks: Iterator[Chunk]) -> dict[str, Any]:
-    answer = list(chunks)
+def _report(llm: LLM, answer: Sequence[Chunk]) -> dict[str, Any]:
     stats = llm.stats()
     report: dict[str, Any] = {
         "text": "".join(chunk.text for chunk in answer),
@@ -200,6 +212,32 @@ def _show(llm: LLM, chunks: Iterator[Chunk]) -> None:
     finally:
         if shown:  # also when interrupted: the next line is not the answer's
             print(flush=True)
+    print(closing_line(llm.stats()), file=sys.stderr)
+
+
+def _run_with_stats(llm: LLM, chunks: Iterator[Chunk], as_json: bool) -> None:
+    from flashmoe.cli.live import StatsView
+
+    answer: list[Chunk] = []
+    shown = False
+    view = StatsView(llm.cache_stats)
+    try:
+        with view:
+            for chunk in chunks:
+                shown = not as_json
+                tokens = int(chunk.token_id is not None)
+                if as_json:
+                    view.count(tokens)
+                    answer.append(chunk)
+                else:
+                    view.write(chunk.text, tokens)
+    finally:
+        if shown:
+            print(flush=True)
+    if as_json:
+        options.print_json(_report(llm, answer) | {"totals": view.totals(), "layers": view.layers()})
+        return
+    view.close()
     print(closing_line(llm.stats()), file=sys.stderr)
 
 

@@ -61,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     options.add_kv_cache(machine)
+    options.add_usage_file(machine)
     options.add_experts_dirs(machine, options.MOVED_DIR)
     prefixes = parser.add_argument_group("prefix cache", "conversations go on where they were")
     prefixes.add_argument(
@@ -97,9 +98,11 @@ def execute(args: argparse.Namespace) -> int:
         expert_slots=args.expert_slots,
         lookahead=args.lookahead,
         experts_dirs=args.experts_dirs,
+        usage_file=args.usage_file,
         sequences=args.parallel,
         prefix_cache=cache_memory,
     ) as llm:
+        options.print_notice(llm.notice)
         if args.cache_memory is None:
             cache_memory += _spare(llm.plan)
         prefixes = PrefixCache(cache_memory, llm.engine.identity, args.cache_dir, args.cache_dir_size)

@@ -13,10 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 
 from flashmoe import env
-from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import loading
 from flashmoe.engine.bound import decode_bound
@@ -49,6 +47,7 @@ class EngineOptions:
     verify_reads: compare resident tensors and expert records with their checksums as they are read.
     logit_rows: tokens of one feed() of which the logits are wanted; the memory plan counts them.
     experts_dirs: of a striped bundle, directories that are not where its links lead.
+    usage_file: where uses of experts are remembered from run to run, for a warm start: "off", "auto" or a path.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -67,6 +66,7 @@ class EngineOptions:
     lookahead: str = "auto"
     logit_rows: int = 1
     experts_dirs: tuple[Path, ...] = ()
+    usage_file: str | Path = "off"
 
 
 @dataclass
@@ -116,6 +116,7 @@ class Engine:
         """Stop the I/O threads and close the files; memory goes with the object.  Harmless when repeated."""
         if not self._closed:
             self._closed = True
+            self._parts.warming.end()
             self._parts.reader.close()
 
     def start(self) -> None:
@@ -135,7 +136,8 @@ class Engine:
         for begin in range(0, len(ids), chunk):
             part = np.array(ids[begin : begin + chunk], np.int32)
             wanted = logits_of if logits_of == "all" or begin + chunk >= len(ids) else "none"
-            logits = self._parts.model.forward(part, self._parts.states[0], self._parts.experts, wanted)
+            with self._parts.warming.step():
+                logits = self._parts.model.forward(part, self._parts.states[0], self._parts.experts, wanted)
             if wanted != "none" or begin + chunk >= len(ids):
                 rows.append(logits.copy() if logits_of == "all" else logits)
         return np.concatenate(rows) if len(rows) > 1 else rows[0]
@@ -178,7 +180,8 @@ class Engine:
         if len(ids) > self.plan.prefill_chunk:
             raise PromptError(f"{len(ids)} tokens in one step: at most {self.plan.prefill_chunk} fit")
         rows = [lasts[i] for i in wanted] or slice(0)
-        return self._parts.model.forward_batch(np.array(ids, np.int32), owned, self._parts.experts, rows)
+        with self._parts.warming.step():
+            return self._parts.model.forward_batch(np.array(ids, np.int32), owned, self._parts.experts, rows)
 
     def logits(self, ids: list[int]) -> F32:
         """Logits [tokens, vocab] float32 of every position of a fresh sequence."""
@@ -216,6 +219,11 @@ class Engine:
         self._decode_reads = self._parts.reader.stats()
         yield from self._continue(logits, prompt, params, stop_ids, constraint)
 
+    @property
+    def notice(self) -> str:
+        """One line about a usage file that could not be used or written; empty if all is well."""
+        return self._parts.warming.notice
+
     def cache_stats(self) -> CacheStats:
         """Counters of the expert cache since the bundle was opened.  Thread-safe."""
         return self._parts.cache.stats()
@@ -229,8 +237,8 @@ class Engine:
     def identity(self) -> str:
         """All that determines the bits of a sequence's state, apart from its tokens."""
         options, plan = self._options, self.plan
-        manifest = xxhash.xxh3_128_hexdigest((self.bundle.path / MANIFEST_FILE).read_bytes())
-        parts = (manifest, options.experts_per_token, options.activations, plan.kv_cache)
+        bundle = loading.bundle_identity(self.bundle)
+        parts = (bundle, options.experts_per_token, options.activations, plan.kv_cache)
         return "/".join(map(str, parts))
 
     def stats(self) -> dict[str, Any]:

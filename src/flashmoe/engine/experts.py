@@ -16,6 +16,7 @@ from flashmoe.nn.moe import FEW
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
+from flashmoe.store.usage import UsageCounts
 
 # A prompt that asks this share of one layer's experts probably asks for nearly all of the next one's.
 READ_ON_SHARE = 0.75
@@ -69,9 +70,10 @@ class StreamedExperts:
         layouts: dict[int, FfnLayout],
         lookahead: str = "auto",
         experts: int = 0,
+        usage: UsageCounts | None = None,
     ) -> None:
-        """layouts: layer -> layout of its records; experts: of each layer."""
-        self._ops, self._cache = ops, cache
+        """layouts: layer -> layout of its records; experts: of each layer; usage: counts what is asked for."""
+        self._ops, self._cache, self._usage = ops, cache, usage
         self.lookahead = Lookahead(cache, lookahead)
         self._every_expert, self._successor = range(experts), dict(itertools.pairwise(layouts))
         self._everyone, self._slots = np.arange(FEW, dtype=np.int32), arena.count
@@ -95,6 +97,8 @@ class StreamedExperts:
     ) -> None:
         """See nn.blocks.Experts."""
         layout, group = self._layouts[layer]
+        if self._usage is not None:
+            self._usage.add(layer, chosen)
         for needed in {group, shared.group}:
             self._ops.prepare(self._inputs[needed], x, needed)
         out.fill(0)

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from flashmoe import env
 from flashmoe.bundle.codecs import U8
+from flashmoe.bundle.manifest import MANIFEST_FILE
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine import memory
 from flashmoe.engine.bound import measure_drive
@@ -15,6 +18,7 @@ from flashmoe.engine.embedding import make_embedding, streamed_nbytes, table_nby
 from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.lookahead import MODES as LOOKAHEAD_MODES
 from flashmoe.engine.resident import ResidentWeights, resident_range
+from flashmoe.engine.warming import Warming, usage_path
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.kv_cache import CACHE_DTYPES
@@ -49,6 +53,7 @@ class Parts:
     weights: ResidentWeights
     cache: ExpertCache
     experts: StreamedExperts
+    warming: Warming
     model: Decoder
     states: list[SequenceState]  # one for each sequence that a step can hold
     drive_bandwidth: float
@@ -94,6 +99,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
     cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
     embed = make_embedding(bundle, weights, ops, reader, 0, plan.embedding_resident)
     model = Decoder(architecture, weights, ops, embed=embed, context=context)
+    warming = _warming(bundle, options)
     experts = StreamedExperts(
         ops,
         cache,
@@ -101,10 +107,15 @@ def load(path: Path, options: EngineOptions) -> Parts:
         {layer.layer: layer.ffn for layer in layers},
         options.lookahead,
         config.num_experts,
+        warming.counts,
     )
     token_nbytes = _token_nbytes(bundle, per_token) + architecture.state_traffic()
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
-    return Parts(bundle, plan, ops, reader, weights, cache, experts, model, states, drive, token_nbytes)
+    parts = Parts(
+        bundle, plan, ops, reader, weights, cache, experts, warming, model, states, drive, token_nbytes
+    )
+    warming.begin(cache, plan.slots, plan.record_nbytes)
+    return parts
 
 
 def reader_files(bundle: Bundle) -> list[Path]:
@@ -204,6 +215,17 @@ def _cache(
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
     policy = LayeredLru()
     return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
+
+
+def bundle_identity(bundle: Bundle) -> str:
+    """32 hexadecimal digits that any change of the bundle's content changes."""
+    return xxhash.xxh3_128_hexdigest((bundle.path / MANIFEST_FILE).read_bytes())
+
+
+def _warming(bundle: Bundle, options: EngineOptions) -> Warming:
+    identity = bundle_identity(bundle)
+    experts = {layer.layer: layer.count for layer in bundle.expert_layers}
+    return Warming(usage_path(options.usage_file, identity), identity, experts)
 
 
 def _token_nbytes(bundle: Bundle, per_token: int) -> int:

@@ -49,10 +49,11 @@ class Workbench:
         return self.engine.plan.slots >= self.engine.plan.experts
 
     def warm(self) -> None:
-        """Read experts into the slots, as many as there are."""
-        for layer in self._parts.bundle.expert_layers:
-            for _ in self._parts.cache.stream(layer.layer, list(range(layer.count)), 1):
-                pass
+        """Read experts into the slots, as many as there are, the same share of each layer."""
+        layers = self._parts.bundle.expert_layers
+        for layer in layers:
+            share = min(layer.count, self.engine.plan.slots // len(layers))
+            self._parts.cache.fill(layer.layer, range(share))
 
     def bytes_read(self) -> int:
         """Bytes of experts read from the drive so far."""

@@ -157,6 +157,40 @@ class ExpertCache:
             self._drain(landing, staged)
             self._staging += staged
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that hold nothing.  Thread-safe."""
+        return self._arena.free
+
+    def fill(self, layer: int, experts: Sequence[int]) -> bool:
+        """Read experts that nobody has asked for into free slots; False when there are not enough of them.
+
+        They count as neither hit nor miss, and their bytes as wasted.  Raises ReadError.
+        """
+        known = {*self._resident[layer], *(e for owner, e in self._foreseen.values() if owner == layer)}
+        missing = [expert for expert in experts if expert not in known]
+        reading, landing = missing[: self._arena.free], dict[int, int]()
+        self._current = (layer, landing)
+        counts = self._layer_stats[layer]
+        stalled = counts.stall_seconds
+        try:
+            for expert in reading:
+                slot = self._arena.take()
+                assert slot is not None
+                landing[slot] = expert
+                self._submit(layer, expert, slot)
+            self._wasted += len(reading) * self._layers[layer].nbytes
+            while landing:
+                self._land(layer, landing, set())
+        finally:
+            self._drain(landing)
+            counts.stall_seconds = stalled
+        return len(reading) == len(missing)
+
+    def prefer(self, layer: int, experts: Sequence[int]) -> None:
+        """Let the policy treat the resident experts as just used, the last one last."""
+        self._policy.touch(layer, experts)
+
     def stats(self) -> CacheStats:
         """Counters so far."""
         return CacheStats(
