@@ -36,8 +36,13 @@ _FREE_MARGIN = 64 << 20
 # A shared drive changes within a second: rounds over all batch sizes, long enough to see several of its moods.
 _SECONDS = 2.0
 _STREAM_SECONDS = 0.7
-_FILL_NBYTES = 512 << 20
-_FILL_SHARE = 4  # of the memory that is free, at most a quarter is filled
+# Fresh memory is filled as far as the largest pool, for as long as this.  Half a GiB could be what a process that just
+# ended has given back: the host of a virtual machine has that still at hand, but not the gigabytes of a pool.
+_FILL_SECONDS = 4.0
+_FILL_BATCH = 64  # reads issued together
+_FILL_NBYTES = 512 << 20  # at least, whatever the pool
+_FILL_SHARE = 2  # of the memory that is free, at most half is filled
+_PLACES = 64  # of the other measurements
 _MEMORY_NBYTES = 256 << 20
 _MEMORY_SECONDS = 1.0
 _STRIDE = 7919  # a prime: neither sequential nor ever the same record twice in a row
@@ -76,13 +81,19 @@ def scratch_records(record_nbytes: int) -> int:
     return max(_SCRATCH_RECORDS, -(-SCRATCH_NBYTES // record_nbytes))
 
 
-def measure_drive(files: list[tuple[Path, int]], record_nbytes: int) -> DriveRates:
-    """Read records of `files` (path, records in it).  Raises ReadError."""
+def measure_drive(files: list[tuple[Path, int]], record_nbytes: int, pool_nbytes: int = 0) -> DriveRates:
+    """Read records of `files` (path, records in it); pool_nbytes: of the largest pool to be.  Raises ReadError.
+
+    Fresh memory comes last: what other processes have just given back should be gone by then.
+    """
     reader = NativeReader([path for path, _ in files], queue_depth=QUEUE_DEPTH)
+    counts = [count for _, count in files]
     try:
-        probe = _DriveProbe(reader, [count for _, count in files], record_nbytes)
-        fill = probe.fill()
-        return DriveRates(probe.batches(), probe.stream(), fill, reader.mode)
+        probe = _DriveProbe(reader, counts, record_nbytes, _PLACES)
+        batches, stream = probe.batches(), probe.stream()
+        room = min(max(pool_nbytes, _FILL_NBYTES), env.memory_available() // _FILL_SHARE)
+        fill = _DriveProbe(reader, counts, record_nbytes, room // record_nbytes).fill()
+        return DriveRates(batches, stream, fill, reader.mode)
     finally:
         reader.close()
 
@@ -105,16 +116,20 @@ def measure_products(threads: int) -> float:
 class _DriveProbe:
     """Reads into a buffer that was untouched when the probe was made."""
 
-    def __init__(self, reader: NativeReader, counts: list[int], record_nbytes: int) -> None:
+    def __init__(self, reader: NativeReader, counts: list[int], record_nbytes: int, places: int) -> None:
         self._reader, self._counts, self._nbytes = reader, counts, record_nbytes
-        room = min(_FILL_NBYTES, env.memory_available() // _FILL_SHARE)
-        self._places = max(QUEUE_DEPTH, room // record_nbytes)
+        self._places = max(QUEUE_DEPTH, places)
         self._buffer = AlignedBuffer(self._places * record_nbytes, True)
         self._next = 0
 
     def fill(self) -> float:
         """Bytes per second into fresh memory: the system finds and clears its pages meanwhile."""
-        return self._nbytes * self._places / self._together(self._places)
+        began, done = time.perf_counter(), 0
+        while done < self._places and (not done or time.perf_counter() < began + _FILL_SECONDS):
+            batch = min(_FILL_BATCH, self._places - done)
+            self._together(batch, done)
+            done += batch
+        return done * self._nbytes / (time.perf_counter() - began)
 
     def batches(self) -> tuple[tuple[int, float], ...]:
         """Mean seconds of each batch size, in rounds over all of them."""
@@ -141,9 +156,9 @@ class _DriveProbe:
             pass  # what is still in flight
         return done * self._nbytes / seconds
 
-    def _together(self, reads: int) -> float:
+    def _together(self, reads: int, first: int = 0) -> float:
         began = time.perf_counter()
-        for place in range(reads):
+        for place in range(first, first + reads):
             self._submit(place)
         left = reads
         while left:

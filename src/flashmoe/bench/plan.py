@@ -59,17 +59,23 @@ def model_work(
 
 
 def measure_machine(
-    path: Path, directory: Path | None, record_nbytes: int, threads: int | None, given: Given
+    path: Path,
+    directory: Path | None,
+    record_nbytes: int,
+    threads: int | None,
+    given: Given,
+    pool_nbytes: int = 0,
 ) -> tuple[Machine, dict[str, Any]]:
     """The rates, and where each comes from (JSON values).
 
     The drive is measured on the records of the bundle `path`; on a scratch file in `directory` when one is named,
-    or here when `path` is no bundle.  Raises ConfigError or ReadError.
+    or here when `path` is no bundle.  pool_nbytes: of the largest pool that is asked about.  Raises ConfigError or
+    ReadError.
     """
     threads = threads or env.cpu_count()
-    batches, stream, fill, where = _drive(path, directory, record_nbytes, given.drive)
     memory = given.memory or measure_memory(threads)
     products = given.products or measure_products(threads)
+    batches, stream, fill, where = _drive(path, directory, record_nbytes, given.drive, pool_nbytes)
     facts = {
         "drive": {
             "source": where,
@@ -115,7 +121,7 @@ def _range(speeds: list[Speed]) -> dict[str, Any]:
 
 
 def _drive(
-    path: Path, directory: Path | None, record_nbytes: int, given: float | None
+    path: Path, directory: Path | None, record_nbytes: int, given: float | None, pool_nbytes: int
 ) -> tuple[tuple[tuple[int, float], ...], float, float, str]:
     """(batches, stream, fill, source)."""
     if given is not None or not record_nbytes:
@@ -136,5 +142,5 @@ def _drive(
             scratch = stack.enter_context(scratch_file(directory, record_nbytes))
             files = [(scratch, scratch_records(record_nbytes))]
             source = f"scratch file in {directory.resolve()}"
-        rates = measure_drive(files, record_nbytes)
+        rates = measure_drive(files, record_nbytes, pool_nbytes)
     return rates.batches, rates.stream, rates.fill, f"{source}, {rates.io} reads"

@@ -66,7 +66,8 @@ def execute(args: argparse.Namespace) -> int:
     plans, refusals = _plans(args, facts)
     billions = (args.drive, args.memory_bandwidth, args.int8)
     given = Given(*(None if rate is None else rate * 1e9 for rate in billions))
-    machine, rates = measure_machine(args.path, args.dir, facts["record_nbytes"], args.threads, given)
+    pool = max(plan.slots_nbytes for plan in plans)
+    machine, rates = measure_machine(args.path, args.dir, facts["record_nbytes"], args.threads, given, pool)
     work = model_work(raw, facts, per_token, args.kv_cache or "f16")
     report = {
         "model": {
