@@ -46,23 +46,50 @@ TileMatrix tile_matrix(int64_t rows, int64_t cols, int bits, int group, bool f16
   return w;
 }
 
-// Keeps the array that owns its memory alive.
+using Table = std::optional<std::vector<int>>;
+
+void set_table(TileMatrix& w, const Table& table) {
+  if (!table) return;
+  require(w.bits == 4 && table->size() == 16, "a table has 16 entries and needs 4 bits");
+  w.has_table = true;
+  for (size_t i = 0; i < 16; ++i) {
+    const int entry = (*table)[i];
+    require(entry >= 0 && entry <= 127, "the entries of a table must be from 0 to 127");
+    w.table[i] = static_cast<uint8_t>(entry);
+  }
+}
+
+// Keeps the arrays that own its memory alive.
 struct Weight {
   Matrix matrix;
   int64_t rows = 0, cols = 0;
   nb::object owner;
+  nb::object bias_owner;
 };
 
-Weight tile_weight(const Bytes& tiles, int64_t rows, int64_t cols, int bits, int group, bool f16_scales) {
+using Bias = std::optional<Floats>;
+
+const float* bias_of(const Bias& bias, int64_t rows) {
+  if (!bias) return nullptr;
+  require(static_cast<int64_t>(bias->size()) == rows, "a bias must have one value for each row");
+  return bias->data();
+}
+
+nb::object owner_of(const Bias& bias) { return bias ? nb::cast(*bias) : nb::none(); }
+
+Weight tile_weight(const Bytes& tiles, int64_t rows, int64_t cols, int bits, int group, bool f16_scales,
+                   const Table& table, const Bias& bias) {
   TileMatrix w = tile_matrix(rows, cols, bits, group, f16_scales);
+  set_table(w, table);
+  w.bias = bias_of(bias, rows);
   require(static_cast<int64_t>(tiles.nbytes()) == w.row_tiles() * w.groups * w.tile_nbytes(),
           "the tiles' size does not match rows, cols, bits and group");
   w.tiles = tiles.data();
-  return {w, rows, cols, nb::cast(tiles)};
+  return {w, rows, cols, nb::cast(tiles), owner_of(bias)};
 }
 
 Weight dense_weight(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& data, int64_t rows,
-                    int64_t cols, const std::string& type) {
+                    int64_t cols, const std::string& type, const Bias& bias) {
   const bool f32 = type == "f32";
   require(f32 || type == "bf16" || type == "f16", "type must be f32, bf16 or f16");
   require(rows > 0 && cols > 0, "rows and cols must be positive");
@@ -70,24 +97,33 @@ Weight dense_weight(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& da
           "the data's size does not match");
   const auto kind =
       f32 ? DenseMatrix::Type::f32 : (type == "bf16" ? DenseMatrix::Type::bf16 : DenseMatrix::Type::f16);
-  return {DenseMatrix{data.data(), rows, cols, kind}, rows, cols, nb::cast(data)};
+  return {DenseMatrix{data.data(), rows, cols, kind, bias_of(bias, rows)}, rows, cols, nb::cast(data),
+          owner_of(bias)};
 }
 
 FfnLayout ffn_layout(int64_t hidden, int64_t intermediate, std::pair<int, int> gate_up,
-                     std::pair<int, int> down, bool f16_gate_up, bool f16_down) {
+                     std::pair<int, int> down, bool f16_gate_up, bool f16_down, const Table& gate_up_table,
+                     const Table& down_table, float glu_alpha, float glu_limit, bool biased) {
   FfnLayout layout;
+  require(glu_limit >= 0.0f, "glu_limit must not be negative");
+  layout.glu_alpha = glu_alpha;
+  layout.glu_limit = glu_limit;
+  layout.biased = biased;
   layout.hidden = hidden;
   layout.intermediate = intermediate;
   layout.gate_up = tile_matrix(intermediate, hidden, gate_up.first, gate_up.second, f16_gate_up);
   layout.gate_up.tile_stride *= 2;
+  set_table(layout.gate_up, gate_up_table);
   const int64_t padded = (intermediate + down.second - 1) / down.second * down.second;
   layout.down = tile_matrix(hidden, padded, down.first, down.second, f16_down);
+  set_table(layout.down, down_table);
   layout.down_offset = layout.gate_up.row_tiles() * layout.gate_up.groups * layout.gate_up.tile_stride;
   return layout;
 }
 
 int64_t ffn_nbytes(const FfnLayout& layout) {
-  return layout.down_offset + layout.down.row_tiles() * layout.down.groups * layout.down.tile_stride;
+  const int64_t rows = (2 * layout.gate_up.row_tiles() + layout.down.row_tiles()) * kTileRows;
+  return layout.bias_offset() + (layout.biased ? rows * static_cast<int64_t>(sizeof(float)) : 0);
 }
 
 void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
@@ -106,6 +142,19 @@ void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
   }
   nb::gil_scoped_release release;
   ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()}, precise);
+}
+
+void head_linear(QuantOps& ops, const Floats& x, const Weight& weight, const Floats& out, bool precise) {
+  require(x.ndim() == 3 && out.ndim() == 3 && x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1),
+          "x and out must be [tokens, heads, ...] of equal tokens and heads");
+  const int64_t tokens = static_cast<int64_t>(x.shape(0)), heads = static_cast<int64_t>(x.shape(1));
+  const int64_t x_width = static_cast<int64_t>(x.shape(2)), out_width = static_cast<int64_t>(out.shape(2));
+  require(heads > 0 && weight.rows % heads == 0, "the heads must divide the weight's rows");
+  require(weight.cols <= x_width && weight.rows / heads <= out_width, "x or out is narrower than the weight");
+  require(!std::holds_alternative<TileMatrix>(weight.matrix) || weight.rows / heads % kTileRows == 0,
+          "the rows of a head must be a multiple of 16");
+  nb::gil_scoped_release release;
+  ops.head_linear(x.data(), tokens, heads, x_width, weight.matrix, out.data(), out_width, precise);
 }
 
 void embed(QuantOps& ops, const Weight& table, const Ints& ids, const Floats& out) {
@@ -212,13 +261,15 @@ void bind_kernels(nb::module_& m) {
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
   nb::class_<Weight>(m, "Weight").def_ro("rows", &Weight::rows).def_ro("cols", &Weight::cols);
-  m.def("tile_weight", &tile_weight, "tiles"_array, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a);
-  m.def("dense_weight", &dense_weight, "data"_array, "rows"_a, "cols"_a, "type"_a);
+  m.def("tile_weight", &tile_weight, "tiles"_array, "rows"_a, "cols"_a, "bits"_a, "group"_a, "f16_scales"_a,
+        "table"_a = nb::none(), "bias"_array = nb::none());
+  m.def("dense_weight", &dense_weight, "data"_array, "rows"_a, "cols"_a, "type"_a, "bias"_array = nb::none());
   nb::class_<FfnLayout>(m, "FfnLayout")
       .def_prop_ro("nbytes", &ffn_nbytes)
       .def_ro("down_offset", &FfnLayout::down_offset);
   m.def("ffn_layout", &ffn_layout, "hidden"_a, "intermediate"_a, "gate_up"_a, "down"_a, "f16_gate_up"_a,
-        "f16_down"_a);
+        "f16_down"_a, "gate_up_table"_a = nb::none(), "down_table"_a = nb::none(), "glu_alpha"_a = 0.0f,
+        "glu_limit"_a = 0.0f, "biased"_a = false);
   nb::class_<TokenInput>(m, "TokenInput").def(nb::init<>()).def_prop_ro("nbytes", &TokenInput::nbytes);
   nb::class_<QuantOps>(m, "QuantOps")
       .def(
@@ -228,6 +279,7 @@ void bind_kernels(nb::module_& m) {
           },
           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
       .def("linear", &linear, "x"_array, "weights"_a, "outs"_array, "precise"_a = false)
+      .def("head_linear", &head_linear, "x"_array, "weight"_a, "out"_array, "precise"_a = false)
       .def("embed", &embed, "table"_a, "ids"_array, "out"_array)
       .def("prepare", &prepare, "input"_a, "x"_array, "group"_a)
       .def("expert_ffn", &expert_ffn, "input"_a, "layout"_a, "addresses"_a, "offsets"_a, "tokens"_array,

@@ -177,6 +177,33 @@ void attention(Run& run, const AttentionShape& shape, int64_t position, CacheTyp
   run.keep(keys);
   run.keep(values);
   run.keep(out);
+  run.section = "windows and sinks";
+  const auto sinks = run.random(shape.heads);
+  for (int64_t window : {1, 20, 300}) {
+    AttentionShape narrow = shape;
+    narrow.window = window;
+    run.floats.attention(narrow, q.data(), key_view, value_view, position, nullptr, out.data(), sinks.data());
+    run.keep(out);
+  }
+}
+
+void latents(Run& run, const LatentShape& shape, int64_t position, CacheType type, bool interleaved) {
+  run.section = "latents";
+  const int64_t tokens = shape.tokens, heads = shape.heads, context = position + tokens;
+  const auto q = run.random(tokens * heads * (shape.nope + shape.rotated));
+  const auto rows = run.random(tokens * shape.width()), norm = run.random(shape.rank);
+  const auto cos = run.random(context * shape.rotated / 2), sin = run.random(context * shape.rotated / 2);
+  const auto absorbed = run.random(tokens * heads * shape.width());
+  const auto out = run.empty<float>(tokens * heads * shape.rank);
+  CacheView view{nullptr, type, (context + kCachePositions - 1) / kCachePositions, shape.width()};
+  const auto cache = run.empty<uint8_t>(view.blocks * view.block_nbytes());
+  view.data = cache.data();
+  run.floats.mla_prepare(shape, q.data(), rows.data(), norm.data(), 1e-6f, cos.data(), sin.data(),
+                         interleaved, position, absorbed.data(), view);
+  run.floats.mla_attention(shape, absorbed.data(), view, position, 0.3f, out.data());
+  run.keep(absorbed);
+  run.keep(cache);
+  run.keep(out);
 }
 
 void routing(Run& run, int64_t tokens, int64_t experts, int64_t k) {
@@ -186,12 +213,19 @@ void routing(Run& run, int64_t tokens, int64_t experts, int64_t k) {
   CHECK(run.floats.route(logits.data(), tokens, experts, k, chosen.data(), weights.data()));
   run.keep(chosen);
   run.keep(weights);
+  const auto bias = run.random(experts);
+  const int64_t groups = experts % 3 == 0 ? 3 : 1;
+  const GroupedRouting routing{experts, k, groups, (groups + 1) / 2, true, 2.5f};
+  CHECK(run.floats.route_grouped(routing, logits.data(), bias.data(), tokens, chosen.data(), weights.data()));
+  run.keep(chosen);
+  run.keep(weights);
 }
 
 struct Codec {
   int bits;
   int group;
   bool f16;
+  bool table = false;
 };
 
 TileMatrix shape_of(const Codec& codec, int64_t rows, int64_t cols) {
@@ -202,6 +236,8 @@ TileMatrix shape_of(const Codec& codec, int64_t rows, int64_t cols) {
   w.group = codec.group;
   w.f16_scales = codec.f16;
   w.tile_stride = w.tile_nbytes();
+  w.has_table = codec.table;
+  for (int i = 0; i < 16; ++i) w.table[i] = static_cast<uint8_t>(127 - 8 * i);
   return w;
 }
 
@@ -210,6 +246,8 @@ void products(Run& run, const Codec& codec, int64_t rows, int64_t cols, int64_t 
   TileMatrix w = shape_of(codec, rows, cols);
   const auto tiles = run.tiles(w.row_tiles() * w.groups * w.tile_nbytes(), w.tile_nbytes(), codec.f16);
   w.tiles = tiles.data();
+  const auto bias = run.random(rows);
+  if (codec.table) w.bias = bias.data();
   const int64_t dense_rows = 3;
   const auto f32 = run.random(dense_rows * cols), x = run.random(tokens * cols);
   const auto half = run.empty<uint16_t>(dense_rows * cols);
@@ -227,6 +265,11 @@ void products(Run& run, const Codec& codec, int64_t rows, int64_t cols, int64_t 
   }
   const int32_t last[] = {static_cast<int32_t>(rows) - 1, 0}, dense_last[] = {dense_rows - 1, 0};
   const auto row = run.empty<float>(2 * cols);
+  if (rows % 32 == 0) {
+    const auto by_head = run.empty<float>(tokens * rows);
+    run.quant.head_linear(x.data(), tokens / 2, 2, cols, matrices[0], by_head.data(), rows / 2, false);
+    run.keep(by_head);
+  }
   run.quant.embed(matrices[0], last, row.data());
   run.keep(row);
   for (size_t i = 1; i < 4; ++i) {
@@ -243,13 +286,21 @@ FfnLayout layout_of(const Codec& gate_up, const Codec& down, int64_t hidden, int
   layout.down_offset = 2 * layout.gate_up.row_tiles() * layout.gate_up.groups * layout.gate_up.tile_nbytes();
   layout.gate_up.tile_stride *= 2;
   layout.down = shape_of(down, hidden, (intermediate + down.group - 1) / down.group * down.group);
+  if (gate_up.table) {
+    layout.biased = true;
+    layout.glu_alpha = 1.7f;
+    layout.glu_limit = 0.4f;
+  }
   return layout;
 }
 
 Exact<uint8_t> record_of(Run& run, const FfnLayout& layout) {
   const TileMatrix& down = layout.down;
   const int64_t down_nbytes = down.row_tiles() * down.groups * down.tile_nbytes();
-  auto record = run.empty<uint8_t>(layout.down_offset + down_nbytes);
+  const int64_t biases = layout.biased ? (2 * layout.gate_up.row_tiles() + down.row_tiles()) * kTileRows : 0;
+  auto record = run.empty<uint8_t>(layout.down_offset + down_nbytes + biases * 4);
+  const auto added = run.random(biases);
+  std::memcpy(record.data() + layout.down_offset + down_nbytes, added.data(), added.size() * sizeof(float));
   const auto up = run.tiles(layout.down_offset, layout.gate_up.tile_nbytes(), layout.gate_up.f16_scales);
   const auto last = run.tiles(down_nbytes, down.tile_nbytes(), down.f16_scales);
   std::memcpy(record.data(), up.data(), up.size());
@@ -310,6 +361,10 @@ void float_ops(Run& run) {
     attention(run, {5, 3, 3, 10, 10}, 254, type);
     attention(run, {1, 2, 1, kMaxHeadDim, 128}, 129, type);
     attention(run, {1, 3, 1, 32, 8}, 520, type);
+    latents(run, {1, 1, 0, 4, 12}, 0, type, true);
+    latents(run, {3, 35, 5, 8, 21}, 300, type, false);
+    latents(run, {1, 2, 3, 64, 512}, 40, type, true);
+    latents(run, {1, 3, 3, 2, 14}, 2100, type, true);
   }
   routing(run, 1, 1, 1);
   routing(run, 5, 33, 5);
@@ -324,6 +379,12 @@ void quant_ops(Run& run) {
       products(run, codec, 33, group, 5);
       experts(run, codec, {bits == 2 ? 4 : bits == 4 ? 8 : bits == 8 ? 2 : 3, 96 - group, true}, 3);
     }
+  }
+  for (int group : {32, 64}) {
+    const Codec table{4, group, false, true};
+    products(run, table, 1, group, 1);
+    products(run, table, 32, 3 * group, 6);
+    experts(run, table, {4, 32, false, true}, 3);
   }
   products(run, {4, 64, false}, 16, 64, 70);  // more than one block of tokens
   experts(run, {4, 64, false}, {4, 64, false}, 70);

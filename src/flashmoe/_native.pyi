@@ -31,8 +31,17 @@ class TokenInput:
     @property
     def nbytes(self) -> int: ...
 
-def tile_weight(tiles: U8, rows: int, cols: int, bits: int, group: int, f16_scales: bool) -> Weight: ...
-def dense_weight(data: NDArray[Any], rows: int, cols: int, type: str) -> Weight: ...
+def tile_weight(
+    tiles: U8,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    f16_scales: bool,
+    table: Sequence[int] | None = None,
+    bias: F32 | None = None,
+) -> Weight: ...
+def dense_weight(data: NDArray[Any], rows: int, cols: int, type: str, bias: F32 | None = None) -> Weight: ...
 def ffn_layout(
     hidden: int,
     intermediate: int,
@@ -40,6 +49,11 @@ def ffn_layout(
     down: tuple[int, int],
     f16_gate_up: bool,
     f16_down: bool,
+    gate_up_table: Sequence[int] | None = None,
+    down_table: Sequence[int] | None = None,
+    glu_alpha: float = 0.0,
+    glu_limit: float = 0.0,
+    biased: bool = False,
 ) -> FfnLayout: ...
 
 class QuantOps:
@@ -47,6 +61,7 @@ class QuantOps:
     def linear(
         self, x: F32, weights: Sequence[Weight], outs: Sequence[F32], precise: bool = False
     ) -> None: ...
+    def head_linear(self, x: F32, weight: Weight, out: F32, precise: bool = False) -> None: ...
     def embed(self, table: Weight, ids: I32, out: F32) -> None: ...
     def prepare(self, input: TokenInput, x: F32, group: int) -> None: ...
     def expert_ffn(
@@ -82,8 +97,8 @@ class FloatOps:
         q_gate: F32,
         k: F32,
         v: F32,
-        q_norm: F32,
-        k_norm: F32,
+        q_norm: F32 | None,
+        k_norm: F32 | None,
         eps: float,
         cos: F32,
         sin: F32,
@@ -93,9 +108,43 @@ class FloatOps:
         values: NDArray[Any],
     ) -> None: ...
     def attention(
-        self, q: F32, keys: NDArray[Any], values: NDArray[Any], position: int, q_gate: F32, out: F32
+        self,
+        q: F32,
+        keys: NDArray[Any],
+        values: NDArray[Any],
+        position: int,
+        q_gate: F32 | None,
+        out: F32,
+        window: int = 0,
+        sinks: F32 | None = None,
     ) -> None: ...
+    def mla_prepare(
+        self,
+        q: F32,
+        latents: F32,
+        norm: F32,
+        eps: float,
+        cos: F32,
+        sin: F32,
+        interleaved: bool,
+        position: int,
+        q_out: F32,
+        cache: NDArray[Any],
+    ) -> None: ...
+    def mla_attention(self, q: F32, cache: NDArray[Any], position: int, scale: float, out: F32) -> None: ...
     def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None: ...
+    def route_grouped(
+        self,
+        logits: F32,
+        bias: F32,
+        k: int,
+        groups: int,
+        topk_groups: int,
+        normalise: bool,
+        scale: float,
+        chosen: I32,
+        weights: F32,
+    ) -> None: ...
     @property
     def scratch_nbytes(self) -> int: ...
 

@@ -82,7 +82,7 @@ def test_files_of_a_wrong_size_are_refused(small_bundle: Path, file: str, damage
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_other_format_versions_are_refused(small_bundle: Path, version: object) -> None:
     edit_manifest(small_bundle, format_version=version)
     with pytest.raises(BundleError, match=r"format_version is .* this flashmoe reads"):

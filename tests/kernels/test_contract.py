@@ -95,12 +95,20 @@ def calls(ops: Ops) -> dict[str, dict[str, Any]]:
         "attention_prepare": {name: x[name] for name in ("k", "v", "q_norm", "k_norm", "cos", "sin", "q_out")}
         | attention
         | {"eps": 1e-6},
-        "attention": attention | {"q": x["q_out"], "out": x["mixed_heads"]},
+        "attention": attention | {"q": x["q_out"], "out": x["mixed_heads"], "sinks": x["two"]},
+        "mla_prepare": {"q": x["q_latent"], "latents": x["latents"], "norm": x["norm"], "eps": 1e-6}
+        | {"cos": x["cos"], "sin": x["sin"], "interleaved": True, "position": 2}
+        | {"q_out": x["absorbed"], "cache": x["keys"]},
+        "mla_attention": {"q": x["absorbed"], "cache": x["keys"], "position": 2, "scale": 1.0}
+        | {"out": x["attended"]},
         "route": {"logits": x["x"], "k": 2, "chosen": np.zeros((3, 2), np.int32), "weights": x["k2"]},
+        "route_grouped": {"logits": x["x"], "bias": x["w"], "k": 2, "groups": 2, "topk_groups": 1}
+        | {"normalise": True, "scale": 1.0, "chosen": np.zeros((3, 2), np.int32), "weights": x["k2"]},
         "combine": {"y": x["x"], "rows": ids, "weights": x["three"], "out": x["out"]},
         "embed": {"table": matrix, "ids": ids, "out": x["wide"]},
         "prepare": {"input": ops.token_input(), "x": x["wide"], "group": 64},
         "linear": {"x": x["wide"], "weights": [matrix], "outs": [x["narrow"]]},
+        "head_linear": {"x": x["heads"], "weight": matrix, "out": x["narrow_heads"]},
         "expert_ffn": {"input": source, "layout": record.layout, "addresses": [record.address]}
         | {"offsets": [0, 3], "tokens": ids, "rows": ids.copy(), "out": x["wide"], "weights": x["three"]},
     }
@@ -113,6 +121,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "read": (3, 2, 5),
     "q_gate": (3, 32), "k": (3, 8), "v": (3, 8), "q_norm": (8,), "k_norm": (8,), "cos": (9, 2), "sin": (9, 2),
     "q_out": (3, 2, 8), "keys": (1, 1, 256), "values": (1, 1, 256), "mixed_heads": (3, 16),
+    "two": (2,), "q_latent": (3, 2, 9), "latents": (3, 16), "norm": (12,), "absorbed": (3, 2, 16),
+    "attended": (3, 2, 12), "heads": (3, 1, 64), "narrow_heads": (3, 1, 16),
 }  # fmt: skip
 
 
@@ -135,15 +145,19 @@ def with_damage(value: Any, how: str) -> Any:
     return np.concatenate([value, value.take([0], axis)], axis)  # one more
 
 
+# Another number of experts, or a wider head, is as good as any: only another number of tokens is wrong.
+ANY_WIDTH = {("route", "logits"), ("mla_prepare", "q"), ("mla_attention", "out")}
+ANY_WIDTH |= {("head_linear", "x"), ("head_linear", "out")}
+
+
 @pytest.mark.parametrize(("op", "argument"), array_arguments())
 def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
     ops = CpuOps(1)
     arguments = calls(ops)[op]
     getattr(ops, op)(**arguments)
-    # Another number of experts is as good as any: only another number of tokens is wrong.
-    sizes = "rows" if (op, argument) == ("route", "logits") else "columns"
+    sizes = "rows" if (op, argument) in ANY_WIDTH else "columns"
     # A cache may have two dtypes, so the binding compares them, not the caster.
-    dtype = ValueError if argument in ("keys", "values") else TypeError
+    dtype = ValueError if argument in ("keys", "values", "cache") else TypeError
     damages = {"dtype": dtype, "layout": TypeError, "list": TypeError, sizes: ValueError}
     for how, wanted in damages.items():
         bad = arguments | {argument: with_damage(arguments[argument], how)}
@@ -173,6 +187,25 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
         ("attention", {"values": np.ones((1, 0, 256), F)}),
         ("attention", {"values": np.ones((1, 1, 256), np.float16)}),
         ("attention", {"keys": np.ones((1, 1, 256), np.int8)}),  # without its scales
+        ("attention", {"window": -1}),
+        ("attention", {"q_gate": np.ones((3, 16), F)}),
+        ("attention", {"sinks": np.ones(3, F)}),
+        ("mla_prepare", {"position": 7}),
+        ("mla_prepare", {"position": -1}),
+        ("mla_prepare", {"q": np.ones((3, 2, 3), F)}),
+        ("mla_prepare", {"cos": np.ones((9, 8), F), "sin": np.ones((9, 8), F)}),
+        ("mla_attention", {"position": 14}),
+        ("mla_attention", {"position": (1 << 63) - 1}),
+        ("mla_attention", {"cache": np.ones((2, 1, 256), F)}),
+        ("mla_attention", {"cache": np.ones((1, 1, 256), np.int8)}),
+        ("mla_attention", {"out": np.ones((3, 2, 17), F)}),
+        ("route_grouped", {"k": 6}),
+        ("route_grouped", {"groups": 3}),
+        ("route_grouped", {"topk_groups": 3}),
+        ("route_grouped", {"topk_groups": 0}),
+        ("head_linear", {"x": np.ones((3, 3, 64), F), "out": np.ones((3, 3, 16), F)}),
+        ("head_linear", {"x": np.ones((3, 2, 64), F), "out": np.ones((3, 2, 16), F)}),  # 8 rows a head
+        ("head_linear", {"x": np.ones((3, 1, 60), F)}),
         ("route", {"k": 0}),
         ("route", {"k": 11}),
         ("combine", {"rows": np.array([0, 3, 1], np.int32)}),

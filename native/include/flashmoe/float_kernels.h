@@ -11,6 +11,9 @@
 namespace flashmoe {
 
 constexpr int64_t kMaxHeadDim = 512;      // head_dim, key_dim and value_dim limits of the stack buffers below
+constexpr int64_t kMaxLatent = 640;       // the same of a latent with its rotated part (576 in DeepSeek-V3)
+constexpr int64_t kLatentHeads = 32;      // query heads that share one pass over latents, one a lane
+constexpr int64_t kLatentSpan = 2048;     // keys whose sums are kept apart from those of other spans
 constexpr int64_t kKeyBlock = 256;        // keys of one online-softmax step, aligned to absolute positions
 constexpr int64_t kHeadsPerTask = 8;      // query heads that share one pass over keys and values
 constexpr int64_t kCachePositions = 16;   // positions of one block of the cache: the lanes of a vector
@@ -92,11 +95,34 @@ struct AttentionTask {
   CacheView keys, values;
   int64_t kv_head = 0;
   int64_t heads = 0;  // at most kHeadsPerTask
-  int64_t first = 0;  // a multiple of kKeyBlock
-  int64_t count = 0;  // keys first .. first + count - 1, at most kKeyBlock
+  int64_t first = 0;  // a multiple of kCachePositions
+  int64_t count = 0;  // keys first .. first + count - 1, all of one kKeyBlock
+  int64_t skip = 0;   // of them before the window, below kCachePositions: they weigh nothing
   float scale = 0.0f;
   Fetch with_scores;  // memory that is wanted next
   Fetch with_values;  // and after that
+};
+
+// What latent attention has found so far: lanes are heads, vectors of kLatentHeads floats.
+struct LatentPart {
+  float* max = nullptr;  // [kLatentHeads]
+  float* sum = nullptr;  // [kLatentHeads]
+  float* acc = nullptr;  // [rank, kLatentHeads]
+
+  static constexpr int64_t floats(int64_t rank) { return (rank + 2) * kLatentHeads; }
+  static LatentPart at(float* memory) { return {memory, memory + kLatentHeads, memory + 2 * kLatentHeads}; }
+};
+
+// Latents lie as the values of one head do: rows of `head_dim` numbers, of which the first `rank` are the
+// values.
+struct LatentTask {
+  const float* q = nullptr;  // [heads, head_dim] of one token
+  CacheView latents;
+  int64_t heads = 0;  // at most kLatentHeads
+  int64_t rank = 0;
+  int64_t first = 0;  // a multiple of kLatentSpan
+  int64_t count = 0;  // keys first .. first + count - 1, at most kLatentSpan
+  float scale = 0.0f;
 };
 
 struct FloatKernels {
@@ -120,10 +146,20 @@ struct FloatKernels {
   void (*attend)(const AttentionTask& task, const AttentionPart& part);
   // total += part.
   void (*merge_parts)(const AttentionPart& total, const AttentionPart& part, int64_t heads, int64_t dim);
-  // acc / sum * sigmoid(gate) in place, 0 for gates below -80; gates of heads are 2 * dim apart.
-  void (*finish_attention)(const AttentionPart& total, const float* gate, int64_t heads, int64_t dim);
+  // acc / sum * sigmoid(gate) in place, 0 for gates below -80; gates of heads are 2 * dim apart, null: none.
+  // sinks: a further score of each head whose value is zero; null: none.
+  void (*finish_attention)(const AttentionPart& total, const float* gate, const float* sinks, int64_t heads,
+                           int64_t dim);
+  // The part of one span of latents.
+  void (*attend_latents)(const LatentTask& task, const LatentPart& part);
+  // total += part.
+  void (*merge_latents)(const LatentPart& total, const LatentPart& part, int64_t rank);
+  // out[h, i] = acc[i, h] / sum[h] for h < heads, i < rank.
+  void (*finish_latents)(const LatentPart& total, int64_t heads, int64_t rank, float* out);
   // x[i] = exp(x[i] - largest) / sum; n <= 16 * 64
   void (*softmax)(float* x, int64_t n);
+  // out[i] = 1 / (1 + exp(-x[i]))
+  void (*sigmoid)(const float* x, int64_t n, float* out);
 };
 
 const FloatKernels& float_kernels_scalar();

@@ -20,6 +20,20 @@ struct DeltaShape {
 
 struct AttentionShape {
   int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0, rotated = 0;
+  bool gated = true;   // a query's head_dim values are followed by as many of its gate
+  int64_t window = 0;  // keys that a token sees, itself included; 0: all
+};
+
+struct LatentShape {
+  int64_t tokens = 0, heads = 0, nope = 0, rotated = 0, rank = 0;
+  int64_t width() const { return rank + rotated; }  // of a cached position, and of an absorbed query
+};
+
+// How a sigmoid router picks: the k best of the topk_groups best of `groups` equal groups.
+struct GroupedRouting {
+  int64_t experts = 0, k = 0, groups = 1, topk_groups = 1;
+  bool normalise = true;
+  float scale = 1.0f;
 };
 
 // Not thread-safe: one FloatOps per inference thread; it may share the pool with other op objects.
@@ -38,15 +52,27 @@ class FloatOps {
                      int64_t taps, float* out);
   void gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
                         const float* a_log, const float* dt_bias, float* state, float* out);
+  // q_norm, k_norm: null for none.
   void attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
                          const float* q_norm, const float* k_norm, float eps, const float* cos,
                          const float* sin, int64_t position, float* q_out, const CacheView& keys,
                          const CacheView& values);
+  // q_gate, sinks [heads]: null for none.
   void attention(const AttentionShape& shape, const float* q, const CacheView& keys, const CacheView& values,
-                 int64_t position, const float* q_gate, float* out);
+                 int64_t position, const float* q_gate, float* out, const float* sinks = nullptr);
+  // Rotated parts of the queries to q_out [tokens, heads, width], latents and their rotated part to the
+  // cache.
+  void mla_prepare(const LatentShape& shape, const float* q, const float* latents, const float* norm,
+                   float eps, const float* cos, const float* sin, bool interleaved, int64_t position,
+                   float* q_out, const CacheView& cache);
+  // q: [tokens, heads, width]; out: [tokens, heads, rank].
+  void mla_attention(const LatentShape& shape, const float* q, const CacheView& cache, int64_t position,
+                     float scale, float* out);
   // Returns false when a logit is not a number.
   bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
              float* weights);
+  bool route_grouped(const GroupedRouting& routing, const float* logits, const float* bias, int64_t tokens,
+                     int32_t* chosen, float* weights);
 
   int64_t scratch_nbytes() const { return scratch_.nbytes(); }
 

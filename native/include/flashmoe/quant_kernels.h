@@ -9,6 +9,7 @@
 //   only.
 //               acc = fma(float(sum q*high), s_rg * xs_g, acc);  acc = fma(b_rg, xsum_g, acc);
 //               if fine: acc = fma(float(sum q*low), s_rg * (xs_g / 128), acc)
+//   (a code stands for itself or, in a matrix with a table, for its entry there)
 //   f32 path:   d = fma over the group's columns ascending of q * x;  acc = fma(s_rg, d, acc);
 //               acc = fma(b_rg, xsum_g, acc)
 // Integer sums are exact: at most 64 * 255 * 127 = 2.1e6.  xsum_g is the sum of the quantised values, so that
@@ -34,6 +35,10 @@ struct TileMatrix {
   bool f16_scales = false;  // bf16 otherwise
   // What the caller reads after the tiles of a call, to be asked for in time; null: what follows them.
   const uint8_t* after = nullptr;
+  const float* bias = nullptr;  // of each row, added to its result; null: none
+  // 4 bit only: code c stands for table[c], at most 127; the scale and the bias of a group apply to that.
+  bool has_table = false;
+  uint8_t table[16] = {};
 
   int64_t tile_nbytes() const { return kTileRows * group * bits / 8 + 4 * kTileRows; }
   int64_t row_tiles() const { return (rows + kTileRows - 1) / kTileRows; }
@@ -84,6 +89,16 @@ struct DenseMatrix {
   int64_t rows = 0;
   int64_t cols = 0;
   enum class Type { f32, bf16, f16 } type = Type::f32;
+  const float* bias = nullptr;  // of each row; null: none
+};
+
+// What joins gate and up.  limit 0: silu(g) * u.  Else, with g at most limit and u within +-limit:
+// (u + 1) * g * sigmoid(alpha * g).
+struct Glu {
+  float alpha = 0.0f;
+  float limit = 0.0f;
+  const float* gate_bias = nullptr;  // of each row, added first; both or none
+  const float* up_bias = nullptr;
 };
 
 constexpr int64_t kPeakMultiplyAdds = 1024 * 12;  // of one round of multiply_registers
@@ -98,10 +113,11 @@ struct QuantKernels {
   // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.
   void (*matmul)(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
                  int64_t tile_end, float* out, int64_t out_stride);
-  // silu(gate x) * (up x), tiles of gate and up alternating in `gate_up.tiles` (gate first).
-  void (*matmul_glu)(const TileMatrix& gate_up, const Activations& x, const TokenRows& tokens,
+  // glu(gate x, up x), tiles of gate and up alternating in `gate_up.tiles` (gate first).
+  void (*matmul_glu)(const TileMatrix& gate_up, const Glu& glu, const Activations& x, const TokenRows& tokens,
                      int64_t tile_begin, int64_t tile_end, float* out, int64_t out_stride);
-  // Row `row` of W as floats: scale * code + bias (rounded after the product, as dequantisation is defined).
+  // Row `row` of W as floats: scale * code + bias of its group (rounded after the product, as dequantisation
+  // is defined).
   void (*dequantize_row)(const TileMatrix& w, int64_t row, float* out);
   // Rows [row_begin, row_end) of an unquantised W for one token.
   void (*dense)(const DenseMatrix& w, const float* x, int64_t row_begin, int64_t row_end, float* out);

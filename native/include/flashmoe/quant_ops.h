@@ -99,6 +99,19 @@ struct FfnLayout {
   TileMatrix gate_up;  // tiles = null; groups, strides and codec only
   TileMatrix down;
   int64_t down_offset = 0;
+  float glu_alpha = 0.0f, glu_limit = 0.0f;  // of the kernels' Glu
+  bool biased =
+      false;  // float biases of gate, up and down follow down's tiles, each padded to whole row tiles
+
+  int64_t bias_offset() const { return down_offset + down.row_tiles() * down.groups * down.tile_stride; }
+  const float* biases(const uint8_t* record, int64_t row_tiles) const {
+    if (!biased) return nullptr;
+    return reinterpret_cast<const float*>(record + bias_offset()) + row_tiles * kTileRows;
+  }
+  Glu glu(const uint8_t* record) const {
+    return {glu_alpha, glu_limit, biases(record, 0), biases(record, gate_up.row_tiles())};
+  }
+  const float* down_bias(const uint8_t* record) const { return biases(record, 2 * gate_up.row_tiles()); }
 
   // Columns of down: intermediate rounded up to its group.
   int64_t padded_intermediate() const { return down.groups * down.group; }
@@ -133,6 +146,11 @@ class QuantOps {
   // outs[i][t, r] = sum_c W_i[r, c] x[t, c]; x: [tokens, cols].  precise: see TokenInput.
   void linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
               std::span<float* const> outs, bool precise);
+
+  // out[t, h, r] = sum_c W_h[r, c] x[t, h, c] for heads of W = [heads * rows, cols] one after another;
+  // x_width and out_width are floats from head to head.  rows of a tile matrix: a multiple of 16.
+  void head_linear(const float* x, int64_t tokens, int64_t heads, int64_t x_width, const Matrix& weight,
+                   float* out, int64_t out_width, bool precise);
 
   // out[t, :] = row ids[t] of the table.  Ids must be in range.
   void embed(const Matrix& table, std::span<const int32_t> ids, float* out);
@@ -173,6 +191,8 @@ class QuantOps {
   const QuantKernels& kernels_;
   bool int8_;
   TokenInput linear_input_[2];  // groups of 32 and of 64
+  PlaneBuffer head_planes_;
+  GrowOnly<float> head_rows_;
   GrowOnly<float> hidden_;
   PlaneBuffer hidden_planes_;
   PlaneBuffer gathered_planes_;

@@ -110,8 +110,10 @@ FLASHMOE_INLINE void all_scores(const Block& keys, const float* q, float scale, 
 }
 
 // Turns the scores of one head into weights exp(score - max).
-FLASHMOE_INLINE void block_weights(float* score, int64_t count, float* block_max, float* block_sum) {
+FLASHMOE_INLINE void block_weights(float* score, int64_t skip, int64_t count, float* block_max,
+                                   float* block_sum) {
   const int64_t end = (count + 15) / 16 * 16;
+  for (int64_t j = 0; j < skip; ++j) score[j] = -1e30f;
   for (int64_t j = count; j < end; ++j) score[j] = -1e30f;
   F32x16 largest = load(score);
   for (int64_t j = 16; j < end; j += 16) largest = max(largest, load(score + j));
@@ -209,7 +211,9 @@ void attend_rows(const AttentionTask& task, const float* queries, const Attentio
   const Block values{&task.values, task.values.block(task.kv_head, task.first), task.values.block_nbytes(),
                      task.count};
   all_scores<E, R>(keys, q, task.scale, spread(task.with_scores, (task.count + 15) / 16 * dim), score);
-  for (int r = 0; r < R; ++r) block_weights(score + r * kScoreStride, task.count, part.max + r, part.sum + r);
+  for (int r = 0; r < R; ++r) {
+    block_weights(score + r * kScoreStride, task.skip, task.count, part.max + r, part.sum + r);
+  }
   all_values<E, R>(values, score, spread(task.with_values, task.count * CacheView::padded(dim) / 16), part);
 }
 
@@ -260,14 +264,29 @@ void merge_parts(const AttentionPart& total, const AttentionPart& part, int64_t 
   }
 }
 
-void finish_attention(const AttentionPart& total, const float* gate, int64_t heads, int64_t dim) {
+// A sink joins the sum as one more key whose value is zero.
+FLASHMOE_INLINE void add_sink(const AttentionPart& total, float sink, int64_t h, int64_t dim) {
+  const float m = total.max[h] > sink ? total.max[h] : sink;
+  const F32x16 before = exp(set1(total.max[h] - m)), now = exp(set1(sink - m));
+  float* acc = total.acc + h * total.stride;
+  for (int64_t i = 0; i < dim; i += 16) store_n(acc + i, mul(load_n(acc + i, dim - i), before), dim - i);
+  store_n(total.sum + h, fma(set1(total.sum[h]), before, now), 1);
+}
+
+void finish_attention(const AttentionPart& total, const float* gate, const float* sinks, int64_t heads,
+                      int64_t dim) {
   for (int64_t h = 0; h < heads; ++h) {
+    if (sinks != nullptr) add_sink(total, sinks[h], h, dim);
     const F32x16 sum = set1(total.sum[h]);
     float* acc = total.acc + h * total.stride;
     for (int64_t i = 0; i < dim; i += 16) {
+      F32x16 divisor = sum;
       // One division for the mean and the gate's 1 / (1 + e^-gate).
-      const F32x16 shut = add(set1(1.0f), exp(sub(zero(), load_n(gate + 2 * h * dim + i, dim - i))));
-      store_n(acc + i, div(load_n(acc + i, dim - i), mul(sum, shut)), dim - i);
+      if (gate != nullptr) {
+        const F32x16 shut = add(set1(1.0f), exp(sub(zero(), load_n(gate + 2 * h * dim + i, dim - i))));
+        divisor = mul(sum, shut);
+      }
+      store_n(acc + i, div(load_n(acc + i, dim - i), divisor), dim - i);
     }
   }
 }

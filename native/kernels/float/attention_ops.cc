@@ -21,11 +21,17 @@ struct Attention {
   CacheView keys, values;
   int64_t position;
   const float* q_gate;
+  const float* sinks;
   float* out;
 
   int64_t group() const { return shape.heads / shape.kv_heads; }
   int64_t parts() const { return tasks_of(group(), kHeadsPerTask); }
   int64_t lanes() const { return shape.kv_heads * parts(); }  // units of a token
+  int64_t first_key(int64_t token) const {
+    return shape.window > 0 ? std::max<int64_t>(0, position + token + 1 - shape.window) : 0;
+  }
+  // A token's blocks of keys: first_block(token) .. blocks(token) - 1.
+  int64_t first_block(int64_t token) const { return first_key(token) / kKeyBlock; }
   int64_t blocks(int64_t token) const { return tasks_of(position + token + 1, kKeyBlock); }
   int64_t first_head(int64_t lane) const { return lane / parts() * group() + lane % parts() * kHeadsPerTask; }
   int64_t heads(int64_t lane) const {
@@ -36,7 +42,8 @@ struct Attention {
     return q + (token * shape.heads + first_head(lane)) * shape.head_dim;
   }
   const float* q_gate_at(int64_t token, int64_t lane) const {
-    return q_gate + (token * shape.heads + first_head(lane)) * 2 * shape.head_dim;
+    return q_gate == nullptr ? nullptr
+                             : q_gate + (token * shape.heads + first_head(lane)) * 2 * shape.head_dim;
   }
   float* out_at(int64_t token, int64_t lane) const {
     return out + (token * shape.heads + first_head(lane)) * shape.head_dim;
@@ -49,14 +56,20 @@ struct Attention {
     task.values = values;
     task.kv_head = lane / parts();
     task.heads = heads(lane);
-    task.first = block * kKeyBlock;
-    task.count = std::min(kKeyBlock, position + token + 1 - task.first);
+    // Blocks of the cache that lie before the window are not read; the rest of its first one is masked.
+    const int64_t begin = first_key(token);
+    task.first = std::max(block * kKeyBlock, begin / kCachePositions * kCachePositions);
+    task.skip = std::max<int64_t>(0, begin - task.first);
+    task.count = std::min((block + 1) * kKeyBlock, position + token + 1) - task.first;
     task.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
     return task;
   }
 
   void finish(int64_t token, int64_t lane, const AttentionPart& total) const {
-    kernels.finish_attention(total, q_gate_at(token, lane) + shape.head_dim, heads(lane), shape.head_dim);
+    const float* gate = q_gate_at(token, lane);
+    kernels.finish_attention(total, gate == nullptr ? nullptr : gate + shape.head_dim,
+                             sinks == nullptr ? nullptr : sinks + first_head(lane), heads(lane),
+                             shape.head_dim);
   }
 };
 
@@ -102,23 +115,26 @@ void run_tokens(const Attention& call, int64_t lane, int64_t first, int64_t end)
   const int64_t dim = call.shape.head_dim,
                 width = call.heads(lane) * dim * static_cast<int64_t>(sizeof(float));
   const AttentionPart part = PartBuffer{memory, CacheView::padded(dim)}.view();
-  for (int64_t block = 0; block < call.blocks(end - 1); ++block) {
+  for (int64_t block = call.first_block(first); block < call.blocks(end - 1); ++block) {
     for (int64_t t = first; t < end; ++t) {
-      if (block >= call.blocks(t)) continue;
+      if (block < call.first_block(t) || block >= call.blocks(t)) continue;
       Total& total = totals[t - first];
       AttentionTask task = call.task(t, lane, block);
-      if (block == 0) task.with_scores = {call.q_at(std::min(t + 1, end - 1), lane), width};
-      if (block + 1 == call.blocks(t)) task.with_values = {call.q_gate_at(t, lane), 2 * width};
+      const bool begins = block == call.first_block(t);
+      if (begins) task.with_scores = {call.q_at(std::min(t + 1, end - 1), lane), width};
+      if (block + 1 == call.blocks(t) && call.q_gate != nullptr) {
+        task.with_values = {call.q_gate_at(t, lane), 2 * width};
+      }
       // The first part needs no addition, and no copy where heads lie as the kernel writes them.
-      const bool in_place = block == 0 && dim == CacheView::padded(dim);
+      const bool in_place = begins && dim == CacheView::padded(dim);
       call.kernels.attend(task, in_place ? total.view() : part);
-      if (!in_place) total.add(call.kernels, part, block == 0);
+      if (!in_place) total.add(call.kernels, part, begins);
     }
   }
   for (int64_t t = first; t < end; ++t) call.finish(t, lane, totals[t - first].view());
 }
 
-// Parts of some blocks of keys for one unit, one long read of the cache.
+// Parts of some blocks of keys for one unit, one long read of the cache.  scratch: of the unit's first block.
 void run_blocks(const Attention& call, int64_t token, int64_t lane, int64_t first, int64_t end,
                 float* scratch) {
   const int64_t dim = call.shape.head_dim;
@@ -127,10 +143,11 @@ void run_blocks(const Attention& call, int64_t token, int64_t lane, int64_t firs
     const int64_t steps = kKeyBlock / kCachePositions;
     task.with_scores = {call.values.block(task.kv_head, task.first), steps * call.values.block_nbytes()};
     if (block + 1 < end) {
-      const int64_t next = task.first + kKeyBlock;
+      const int64_t next = (block + 1) * kKeyBlock;
       task.with_values = {call.keys.block(task.kv_head, next), steps * call.keys.block_nbytes()};
     }
-    const PartBuffer buffer{scratch + block * PartBuffer::floats(dim), CacheView::padded(dim)};
+    const int64_t at = block - call.first_block(token);
+    const PartBuffer buffer{scratch + at * PartBuffer::floats(dim), CacheView::padded(dim)};
     call.kernels.attend(task, buffer.view());
   }
 }
@@ -139,23 +156,25 @@ void run_blocks(const Attention& call, int64_t token, int64_t lane, int64_t firs
 void merge_blocks(const Attention& call, int64_t token, int64_t lane, float* scratch) {
   Total total(call, token, lane);
   const int64_t dim = call.shape.head_dim;
-  for (int64_t block = 0; block < call.blocks(token); ++block) {
-    const PartBuffer buffer{scratch + block * PartBuffer::floats(dim), CacheView::padded(dim)};
-    total.add(call.kernels, buffer.view(), block == 0);
+  const int64_t blocks = call.blocks(token) - call.first_block(token);
+  for (int64_t at = 0; at < blocks; ++at) {
+    const PartBuffer buffer{scratch + at * PartBuffer::floats(dim), CacheView::padded(dim)};
+    total.add(call.kernels, buffer.view(), at == 0);
   }
   call.finish(token, lane, total.view());
 }
 
 // Keys split over the threads for one token.
 void run_keys(ThreadPool& pool, GrowOnly<float>& scratch, const Attention& call, int64_t token) {
-  const int64_t lanes = call.lanes(), blocks = call.blocks(token);
+  const int64_t lanes = call.lanes(), begin = call.first_block(token), blocks = call.blocks(token) - begin;
   const int64_t part = PartBuffer::floats(call.shape.head_dim);
   const int64_t step = tasks_of(blocks, std::min(blocks, tasks_of(kTasksPerThread * pool.threads(), lanes)));
   const int64_t runs = tasks_of(blocks, step);
   float* parts = scratch.at_least(lanes * blocks * part);
   pool.parallel_for(lanes * runs, [&](int64_t task) {
     const int64_t lane = task / runs, first = task % runs * step;
-    run_blocks(call, token, lane, first, std::min(first + step, blocks), parts + lane * blocks * part);
+    run_blocks(call, token, lane, begin + first, begin + std::min(first + step, blocks),
+               parts + lane * blocks * part);
   });
   pool.parallel_for(lanes,
                     [&](int64_t lane) { merge_blocks(call, token, lane, parts + lane * blocks * part); });
@@ -167,19 +186,23 @@ void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gat
                                  const float* v, const float* q_norm, const float* k_norm, float eps,
                                  const float* cos, const float* sin, int64_t position, float* q_out,
                                  const CacheView& keys, const CacheView& values) {
-  const int64_t dim = shape.head_dim, half = shape.rotated / 2;
+  const int64_t dim = shape.head_dim, half = shape.rotated / 2, q_step = shape.gated ? 2 * dim : dim;
+  const auto normalise = [&](const float* x, const float* norm, float* y) {
+    if (norm != nullptr) return kernels_.rms_norm(x, norm, dim, eps, y);
+    std::copy_n(x, dim, y);
+  };
   const auto prepare = [&](int64_t t) {
     const float* c = cos + (position + t) * half;
     const float* s = sin + (position + t) * half;
     for (int64_t h = 0; h < shape.heads; ++h) {
       float* q = q_out + (t * shape.heads + h) * dim;
-      kernels_.rms_norm(q_gate + (t * shape.heads + h) * 2 * dim, q_norm, dim, eps, q);
+      normalise(q_gate + (t * shape.heads + h) * q_step, q_norm, q);
       kernels_.rope(q, c, s, half);
     }
     float key[kMaxHeadDim];
     for (int64_t h = 0; h < shape.kv_heads; ++h) {
       const int64_t at = (t * shape.kv_heads + h) * dim;
-      kernels_.rms_norm(k + at, k_norm, dim, eps, key);
+      normalise(k + at, k_norm, key);
       kernels_.rope(key, c, s, half);
       kernels_.store_key(keys, h, position + t, key);
       kernels_.store_value(values, h, position + t, v + at);
@@ -196,11 +219,13 @@ void FloatOps::attention_prepare(const AttentionShape& shape, const float* q_gat
 }
 
 void FloatOps::attention(const AttentionShape& shape, const float* q, const CacheView& keys,
-                         const CacheView& values, int64_t position, const float* q_gate, float* out) {
-  const Attention call{kernels_, shape, q, keys, values, position, q_gate, out};
+                         const CacheView& values, int64_t position, const float* q_gate, float* out,
+                         const float* sinks) {
+  const Attention call{kernels_, shape, q, keys, values, position, q_gate, sinks, out};
   const int64_t tokens = shape.tokens, lanes = call.lanes(), units = tokens * lanes;
   if (tokens == 0) return;
-  const int64_t blocks = call.blocks(tokens - 1), wanted = kTasksPerThread * pool_.threads();
+  const int64_t blocks = call.blocks(tokens - 1) - call.first_block(0);
+  const int64_t wanted = kTasksPerThread * pool_.threads();
   // How the work is cut changes no bit: parts are added in the order of their keys either way.
   if (blocks == 1 || units >= wanted) {
     const int64_t step = std::clamp<int64_t>(units / wanted, 1, kTokensPerTask),

@@ -1,7 +1,6 @@
 #include "flashmoe/float_ops.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -137,32 +136,6 @@ void FloatOps::delta_part(const DeltaShape& shape, const float* mixed, const flo
     step.value_dim = shape.value_dim;
     kernels_.delta_head(step);
   });
-}
-
-bool FloatOps::route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
-                     float* weights) {
-  std::atomic<bool> valid{true};
-  pool_.parallel_for(tokens, [&](int64_t t) {
-    const float* row = logits + t * experts;
-    int32_t* ids = chosen + t * k;
-    float* best = weights + t * k;
-    int64_t found = 0;
-    for (int64_t e = 0; e < experts; ++e) {
-      if (std::isnan(row[e])) valid.store(false, std::memory_order_relaxed);
-      // Strictly greater: among equals the lower number keeps its place.
-      if (found == k && !(row[e] > best[k - 1])) continue;
-      int64_t at = found < k ? found++ : k - 1;
-      for (; at > 0 && row[e] > best[at - 1]; --at) {
-        best[at] = best[at - 1];
-        ids[at] = ids[at - 1];
-      }
-      best[at] = row[e];
-      ids[at] = static_cast<int32_t>(e);
-    }
-    // Softmax over all experts, renormalised over the chosen, is the softmax over the chosen.
-    kernels_.softmax(best, k);
-  });
-  return valid.load(std::memory_order_relaxed);
 }
 
 }  // namespace flashmoe

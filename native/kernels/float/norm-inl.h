@@ -50,6 +50,10 @@ void rope(float* x, const float* cos, const float* sin, int64_t half) {
   }
 }
 
+void sigmoid_all(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) store_n(out + i, sigmoid(load_n(x + i, n - i)), n - i);
+}
+
 void softmax(float* x, int64_t n) {
   F32x16 largest = set1(x[0]);
   for (int64_t i = 0; i < n; ++i) largest = max(largest, set1(x[i]));

@@ -20,8 +20,11 @@ constexpr int kRegisters = FLASHMOE_REGISTERS;
 
 #include "kernels/float/attention-inl.h"
 
+#include "kernels/float/latent-inl.h"
+
 constexpr FloatKernels kTable = {
-    rms_norm,  add_rows,    gated_rms_norm, causal_conv, l2_norm,          dot,    delta_head, rope,
-    store_key, store_value, attend,         merge_parts, finish_attention, softmax};
+    rms_norm,         add_rows,       gated_rms_norm, causal_conv,    l2_norm, dot,
+    delta_head,       rope,           store_key,      store_value,    attend,  merge_parts,
+    finish_attention, attend_latents, merge_latents,  finish_latents, softmax, sigmoid_all};
 
 }  // namespace

@@ -28,6 +28,10 @@ FLASHMOE_INLINE U8x64 u8_shl(U8x64 v, int bits) {
 FLASHMOE_INLINE U8x64 u8_or(U8x64 a, U8x64 b) {
   return {{_mm256_or_si256(a.half[0], b.half[0]), _mm256_or_si256(a.half[1], b.half[1])}};
 }
+FLASHMOE_INLINE U8x64 u8_lookup(U8x64 table, U8x64 codes) {
+  return {
+      {_mm256_shuffle_epi8(table.half[0], codes.half[0]), _mm256_shuffle_epi8(table.half[1], codes.half[1])}};
+}
 FLASHMOE_INLINE I32x16 i32_zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
 FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) {
   return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};

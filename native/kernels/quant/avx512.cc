@@ -24,6 +24,7 @@ FLASHMOE_INLINE U8x64 u8_and(U8x64 v, uint8_t mask) {
 FLASHMOE_INLINE U8x64 u8_shr(U8x64 v, int bits) { return _mm512_srli_epi32(v, static_cast<unsigned>(bits)); }
 FLASHMOE_INLINE U8x64 u8_shl(U8x64 v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
 FLASHMOE_INLINE U8x64 u8_or(U8x64 a, U8x64 b) { return _mm512_or_si512(a, b); }
+FLASHMOE_INLINE U8x64 u8_lookup(U8x64 table, U8x64 codes) { return _mm512_shuffle_epi8(table, codes); }
 FLASHMOE_INLINE I32x16 i32_zero() { return _mm512_setzero_si512(); }
 FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 // vpdpbusd does not saturate: 8-bit codes need no special care.

@@ -127,7 +127,7 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint
   w.after = after;
   const TokenRows feed{nullptr, nullptr};
   float* hidden = hidden_.data() + job.offset;
-  kernels_.matmul_glu(w, job.input, feed, tile_begin, tile_end, hidden, width);
+  kernels_.matmul_glu(w, layout.glu(job.work.record), job.input, feed, tile_begin, tile_end, hidden, width);
   if (job.tiles_left.fetch_sub(tiles, std::memory_order_acq_rel) != tiles) return;
   for (int64_t t = 0; t < job.work.count; ++t) {
     float* row = hidden + t * width;
@@ -147,6 +147,7 @@ void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, co
   TileMatrix w = job.work.layout->down;
   w.tiles = job.work.record + job.work.layout->down_offset;
   if (next != nullptr) w.after = next->down_tiles(tile_begin);
+  w.bias = job.work.layout->down_bias(job.work.record);
   const TokenRows feed{rows + job.work.first, weights != nullptr ? weights + job.work.first : nullptr};
   kernels_.matmul(w, hidden_view(job), feed, tile_begin, tile_end, out, job.work.layout->hidden);
 }

@@ -12,13 +12,6 @@ constexpr int64_t kWriteAhead = 4;    // tokens
 // bandwidth, one token takes 13 % less time, four tokens an expert 20 % and sixteen 14 %.
 constexpr int64_t kPrefetchOne = 9216, kPrefetchMany = 4608;
 
-struct TileShape {
-  int bits;
-  int group;
-  int64_t payload;  // bytes of codes
-  bool f16;         // scales and biases; bf16 otherwise
-};
-
 // The tokens of one pass.
 struct TokenBlock {
   const Activations* x;
@@ -61,7 +54,7 @@ FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, co
   for (int j = 0; j < n * chains; ++j) sums[j] = i32_zero();
   FLASHMOE_UNROLL(16)
   for (int i = 0; i < shape.group / 4; ++i) {
-    const U8x64 column = column_codes(codes, shape.bits, shape.group, i);
+    const U8x64 column = column_values(codes, shape, i);
     FLASHMOE_UNROLL(8)
     for (int j = 0; j < n; ++j) {
       I32x16& sum = sums[j * chains + i % chains];
@@ -199,7 +192,7 @@ FLASHMOE_INLINE void add_group_f32(const Tile& tile, const TileShape& shape, con
                                    int64_t groups, int64_t g, float* acc) {
   const Activations& x = *block.x;
   U8x64 columns[kMaxColumns];
-  unpack(tile.codes, shape.bits, shape.group, columns);
+  unpack(tile.codes, shape, columns);
   for (int64_t t = 0; t < block.count; ++t) {
     const int64_t row = block.first + t;
     const F32x16 d = group_dot_f32(columns, shape.group, x.x + row * x.cols + g * shape.group);
@@ -262,13 +255,31 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
   }
 }
 
+// Four-bit codes with a table.
+__attribute__((noinline)) void multiply_table_block(const TileMatrix& w, const TileShape& of,
+                                                    const uint8_t* const* tile, int tiles, const Ahead& ahead,
+                                                    const TokenBlock& block, float* acc) {
+  if (of.group == 64) {
+    const TileShape shape{4, 64, of.payload, of.f16, of.table};
+    return tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
+  }
+  const TileShape shape{4, 32, of.payload, of.f16, of.table};
+  tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
+}
+
 // Constant bits and group let the compiler unroll the unpacking and keep the codes in registers.
 __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
                                               const Ahead& ahead, const TokenBlock& block, float* acc) {
+  alignas(64) uint8_t table[kTableNbytes];
 #if !defined(FLASHMOE_SANITIZED)
+  if (kSpecialised && w.has_table) {
+    repeat_table(w, table);
+    const TileShape shape{4, w.group, kTileRows * w.group / 2, w.f16_scales, table};
+    return multiply_table_block(w, shape, tile, tiles, ahead, block, acc);
+  }
 #define FLASHMOE_BLOCK_OF(b, g)                                                                \
   if (kSpecialised && w.bits == b && w.group == g) {                                           \
-    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales};                          \
+    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales, nullptr};                 \
     return tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc); \
   }
   FLASHMOE_BLOCK_OF(4, 64)
@@ -284,7 +295,7 @@ __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t
 #undef FLASHMOE_BLOCK_OF
   if (kSpecialised) return;  // those are all codecs: the lines below would unroll every branch of each
 #endif
-  const TileShape shape{w.bits, w.group, kTileRows * w.group * w.bits / 8, w.f16_scales};
+  const TileShape shape = tile_shape(w, table);
   tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
 }
 
@@ -327,6 +338,7 @@ FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, c
     for (int64_t p = 0; p < tiles; ++p) {
       F32x16 y = load(acc + (p * kTokenBlock + t) * kTileRows);
       const int64_t rows = rows_of(w, rt + p);
+      if (w.bias != nullptr) y = add(y, load_n(w.bias + (rt + p) * kTileRows, rows));
       float* to = row + p * kTileRows;
       if (tokens.weight != nullptr) y = fma(set1(tokens.weight[block.first + t]), y, load_n(to, rows));
       store_n(to, y, rows);
@@ -356,8 +368,22 @@ void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, 
   }
 }
 
-void matmul_glu(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
-                int64_t tile_end, float* out, int64_t out_stride) {
+// Of 16 rows from `row` on; biases are padded to whole row tiles.
+FLASHMOE_INLINE F32x16 joined(const Glu& glu, int64_t row, F32x16 gate, F32x16 up) {
+  if (glu.gate_bias != nullptr) {
+    gate = add(gate, load(glu.gate_bias + row));
+    up = add(up, load(glu.up_bias + row));
+  }
+  if (glu.limit == 0.0f) return mul(silu(gate), up);
+  // min and max give their second operand when one is NaN: in this order a NaN goes through.
+  const F32x16 g = min(set1(glu.limit), gate);
+  const F32x16 u = max(set1(-glu.limit), min(set1(glu.limit), up));
+  const F32x16 closed = add(set1(1.0f), exp(sub(zero(), mul(set1(glu.alpha), g))));
+  return mul(add(u, set1(1.0f)), div(g, closed));
+}
+
+void matmul_glu(const TileMatrix& w, const Glu& glu, const Activations& x, const TokenRows& tokens,
+                int64_t tile_begin, int64_t tile_end, float* out, int64_t out_stride) {
   alignas(64) float acc[2 * kTokenBlock * kTileRows];
   uint64_t fine[kMaxGroups];
   const Ahead ahead = ahead_of(w, tile_end);
@@ -368,8 +394,8 @@ void matmul_glu(const TileMatrix& w, const Activations& x, const TokenRows& toke
       const uint8_t* tile[2] = {gate, gate + w.tile_stride / 2};
       multiply_block(w, tile, 2, ahead, block, acc);
       for (int64_t t = 0; t < block.count; ++t) {
-        const F32x16 y = mul(silu(load(acc + t * kTileRows)), load(acc + (kTokenBlock + t) * kTileRows));
-        store(acc + t * kTileRows, y);
+        const F32x16 up = load(acc + (kTokenBlock + t) * kTileRows);
+        store(acc + t * kTileRows, joined(glu, rt * kTileRows, load(acc + t * kTileRows), up));
       }
       write_block(w, tokens, block, rt, 1, acc, out, out_stride);
     }

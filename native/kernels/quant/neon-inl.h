@@ -30,6 +30,9 @@ FLASHMOE_INLINE uint8x16_t shifted(uint8x16_t v, int left) {
 FLASHMOE_INLINE U8x64 u8_shr(U8x64 v, int bits) { FLASHMOE_QUARTERS(U8x64, shifted(v.q[i], -bits)); }
 FLASHMOE_INLINE U8x64 u8_shl(U8x64 v, int bits) { FLASHMOE_QUARTERS(U8x64, shifted(v.q[i], bits)); }
 FLASHMOE_INLINE U8x64 u8_or(U8x64 a, U8x64 b) { FLASHMOE_QUARTERS(U8x64, vorrq_u8(a.q[i], b.q[i])); }
+FLASHMOE_INLINE U8x64 u8_lookup(U8x64 table, U8x64 codes) {
+  FLASHMOE_QUARTERS(U8x64, vqtbl1q_u8(table.q[i], codes.q[i]));
+}
 FLASHMOE_INLINE I32x16 i32_zero() { FLASHMOE_QUARTERS(I32x16, vdupq_n_s32(0)); }
 FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) { FLASHMOE_QUARTERS(I32x16, vaddq_s32(a.q[i], b.q[i])); }
 FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {

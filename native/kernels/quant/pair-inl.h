@@ -16,8 +16,8 @@ FLASHMOE_INLINE void pair_dots(const uint8_t* const* codes, const TileShape& sha
   for (int j = 0; j < n * chains; ++j) sums[0][j] = sums[1][j] = i32_zero();
   FLASHMOE_UNROLL(16)
   for (int i = 0; i < shape.group / 4; ++i) {
-    const U8x64 first = column_codes(codes[0], shape.bits, shape.group, i);
-    const U8x64 second = column_codes(codes[1], shape.bits, shape.group, i);
+    const U8x64 first = column_values(codes[0], shape, i);
+    const U8x64 second = column_values(codes[1], shape, i);
     FLASHMOE_UNROLL(8)
     for (int j = 0; j < n; ++j) {
       const I32x16 x4 = broadcast4(x[j] + 4 * i);

@@ -2,6 +2,7 @@
 // Needs F32x16 and its functions (flashmoe/simd), and from the including file:
 //   U8x64 u8_load(p); u8_and(v, u8); u8_shr(v, bits); u8_shl(v, bits); u8_or(a, b)      bytes of 16 u32 lanes
 //   I32x16 i32_zero(); dot4(acc, codes <= 127, four int8 in an int32); dot4_wide(acc, codes <= 255, ...)
+//   U8x64 u8_lookup(table of 16 bytes four times over, codes below 16)
 //   F32x16 to_f32(I32x16); F32x16 byte_f32(U8x64, byte 0..3); F32x16 load_scales(p, f16)
 //   constexpr int kTogether, tokens whose sums fit the registers beside a group's codes; bool kSpecialised,
 //   one copy of the product for each common codec I32x16 round_i32(F32x16); I32x16 i32_add(a, b); void
@@ -19,15 +20,16 @@ constexpr float kLowLevels = 128.0f;  // the rest after rounding is at most half
 #include "kernels/quant/matmul-inl.h"
 
 void dequantize_row(const TileMatrix& w, int64_t row, float* out) {
-  const int64_t payload = kTileRows * w.group * w.bits / 8;
+  alignas(64) uint8_t table[kTableNbytes];
+  const TileShape shape = tile_shape(w, table);
   const int64_t lane = row % kTileRows;
   const uint8_t* tile = w.tiles + row / kTileRows * w.groups * w.tile_stride;
   for (int64_t g = 0; g < w.groups; ++g, tile += w.tile_stride) {
     U8x64 columns[kMaxColumns];
-    unpack(tile, w.bits, w.group, columns);
+    unpack(tile, shape, columns);
     float scales[16], biases[16];
-    store(scales, load_scales(tile + payload, w.f16_scales));
-    store(biases, load_scales(tile + payload + 2 * kTileRows, w.f16_scales));
+    store(scales, load_scales(tile + shape.payload, shape.f16));
+    store(biases, load_scales(tile + shape.payload + 2 * kTileRows, shape.f16));
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(columns) + 4 * lane;
     for (int c = 0; c < w.group; ++c) {
       const float product = scales[lane] * static_cast<float>(bytes[(c / 4) * 64 + c % 4]);
@@ -51,7 +53,7 @@ void dense(const DenseMatrix& w, const float* x, int64_t row_begin, int64_t row_
       const int64_t n = w.cols - c < 16 ? w.cols - c : 16;
       acc = fma(load_dense(w, r * w.cols + c, n), load_n(x + c, n), acc);
     }
-    out[r] = reduce_add(acc);
+    out[r] = w.bias == nullptr ? reduce_add(acc) : reduce_add(acc) + w.bias[r];
   }
 }
 

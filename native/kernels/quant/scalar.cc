@@ -39,6 +39,14 @@ inline U8x64 u8_or(U8x64 a, U8x64 b) {
   for (int i = 0; i < 16; ++i) a.lane[i] |= b.lane[i];
   return a;
 }
+inline U8x64 u8_lookup(U8x64 table, U8x64 codes) {
+  uint8_t entry[64], code[64];
+  std::memcpy(entry, table.lane, 64);
+  std::memcpy(code, codes.lane, 64);
+  for (uint8_t& c : code) c = entry[c];
+  std::memcpy(codes.lane, code, 64);
+  return codes;
+}
 inline I32x16 i32_zero() { return I32x16{}; }
 inline I32x16 i32_add(I32x16 a, I32x16 b) {
   for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];

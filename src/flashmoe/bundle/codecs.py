@@ -19,11 +19,21 @@ U8 = NDArray[np.uint8]
 TILE_ROWS = 16
 TILE_BITS = (2, 3, 4, 6, 8)  # the widths of codes that the kernels read
 RECORD_ALIGN = 4096  # direct I/O wants offset, size and address on the drive's largest block
+_MAX_GLU = 1e6  # of a GLU's numbers, which are 1.702 and 7
 _MAX_DIM = 1 << 31  # no real model comes near; keeps sizes computed from a damaged manifest finite
 
 
+# FP4 (e2m1) in halves, raised by 12 so that no entry is negative: 0 .5 1 1.5 2 3 4 6, then their negatives.
+FP4_TABLE = (12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)
+FP4_OFFSET = 12
+_TABLE_SIZE, _MOST_ENTRY = 16, 127  # a larger entry would saturate AVX2's sums of two products
+
+
 class Quantized(NamedTuple):
-    """An affine matrix: w[r, c] = scale[r, c // group] * codes[r, c] + bias[r, c // group]."""
+    """An affine matrix: w[r, c] = scale[r, c // group] * codes[r, c] + bias[r, c // group].
+
+    In a codec with a table, table[codes[r, c]] takes the place of the code.
+    """
 
     codes: U8  # [rows, cols]
     scales: U16  # [rows, cols // group], raw 16-bit patterns
@@ -44,14 +54,24 @@ def align_up(value: int, step: int) -> int:
 class TileCodec:
     """Affine codes in tiles of 16 rows x ``group`` columns.
 
-    Raises BundleError when bits, group or scale type are none of those the format has.
+    ``table``: what each of the 16 codes of four bits stands for, 0 to 127; None for itself.
+    Raises BundleError when bits, group, scale type or table are none of those the format has.
     """
 
     bits: int
     group: int
     scale_dtype: HalfType = "bf16"
+    table: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.table is not None and (
+            self.bits != 4
+            or len(self.table) != _TABLE_SIZE
+            or any(type(entry) is not int or not 0 <= entry <= _MOST_ENTRY for entry in self.table)
+        ):
+            raise BundleError(
+                f"a table of {_TABLE_SIZE} entries from 0 to {_MOST_ENTRY} goes with 4 bits: convert the model again"
+            )
         if (
             self.bits not in TILE_BITS
             or self.group not in (32, 64)
@@ -130,7 +150,8 @@ class TileCodec:
     def values(self, matrix: Quantized) -> F32:
         """float32 [rows, cols] of an unpacked matrix."""
         rows, cols = matrix.codes.shape
-        out = matrix.codes.reshape(rows, cols // self.group, self.group).astype(np.float32)
+        codes = matrix.codes if self.table is None else np.array(self.table, np.uint8)[matrix.codes]
+        out = codes.reshape(rows, cols // self.group, self.group).astype(np.float32)
         out *= half_to_f32(matrix.scales, self.scale_dtype)[:, :, None]
         out += half_to_f32(matrix.biases, self.scale_dtype)[:, :, None]
         return out.reshape(rows, cols)
@@ -158,9 +179,35 @@ class DenseCodec:
 
 
 @dataclass(frozen=True)
-class FfnLayout:
-    """One expert (routed or shared) or dense FFN: gate and up interleaved tile by tile, then down.
+class ClampedGlu:
+    """(u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit), u = up within +-limit (gpt-oss).
 
+    Raises BundleError for numbers that are not finite and positive.
+    """
+
+    alpha: float
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.alpha <= _MAX_GLU and 0 < self.limit <= _MAX_GLU):
+            raise BundleError(
+                f"a GLU of alpha {self.alpha} and limit {self.limit} is impossible: convert again"
+            )
+
+
+class FfnBiases(NamedTuple):
+    """float32 biases of gate and up [I] and of down [H]."""
+
+    gate: F32
+    up: F32
+    down: F32
+
+
+@dataclass(frozen=True)
+class FfnLayout:
+    """One expert (routed or shared) or dense FFN: gate and up interleaved tile by tile, then down, then biases.
+
+    ``glu`` joins gate and up: None for silu(gate) * up.  ``biased``: the record holds biases.
     Raises BundleError when ``hidden`` is no multiple of the gate/up group or a size is not positive.
     """
 
@@ -168,6 +215,8 @@ class FfnLayout:
     intermediate: int
     gate_up: TileCodec
     down: TileCodec
+    glu: ClampedGlu | None = None
+    biased: bool = False
 
     def __post_init__(self) -> None:
         if not (0 < self.hidden < _MAX_DIM and 0 < self.intermediate < _MAX_DIM):
@@ -195,9 +244,22 @@ class FfnLayout:
         return self.gate_up_nbytes
 
     @property
+    def bias_offset(self) -> int:
+        """Where the down tiles end in the record, and the biases start."""
+        return self.gate_up_nbytes + self.down.matrix_nbytes(self.hidden, self.intermediate_padded)
+
+    @property
+    def bias_rows(self) -> tuple[int, int, int]:
+        """Stored biases of gate, up and down: their rows rounded up to whole row tiles; zeros where there are none."""
+        if not self.biased:
+            return 0, 0, 0
+        wide, narrow = align_up(self.intermediate, TILE_ROWS), align_up(self.hidden, TILE_ROWS)
+        return wide, wide, narrow
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the record without its final padding."""
-        return self.gate_up_nbytes + self.down.matrix_nbytes(self.hidden, self.intermediate_padded)
+        return self.bias_offset + 4 * sum(self.bias_rows)
 
     @property
     def record_nbytes(self) -> int:
@@ -208,15 +270,36 @@ class FfnLayout:
 Codec = TileCodec | DenseCodec | FfnLayout
 
 
-def pack_ffn(layout: FfnLayout, gate: Quantized, up: Quantized, down: Quantized) -> U8:
-    """The record u8 [layout.nbytes] of gate and up [I, H] and down [H, I or I_pad]."""
-    record = np.empty(layout.nbytes, np.uint8)
+def pack_ffn(
+    layout: FfnLayout, gate: Quantized, up: Quantized, down: Quantized, biases: FfnBiases | None = None
+) -> U8:
+    """The record u8 [layout.nbytes] of gate and up [I, H] and down [H, I or I_pad]; biases where it has them."""
+    record = np.zeros(layout.nbytes, np.uint8)
     shape = layout.gate_up.matrix_shape(layout.intermediate, layout.hidden)
     pairs = record[: layout.gate_up_nbytes].reshape(shape[0], shape[1], 2, shape[2])
     pairs[:, :, 0] = layout.gate_up.pack(*gate)
     pairs[:, :, 1] = layout.gate_up.pack(*up)
-    record[layout.down_offset :] = layout.down.pack(*_pad_cols(down, layout)).reshape(-1)
+    record[layout.down_offset : layout.bias_offset] = layout.down.pack(*_pad_cols(down, layout)).reshape(-1)
+    if layout.biased:
+        assert biases is not None
+        for room, values in zip(_bias_views(layout, record), biases, strict=True):
+            room[: len(values)] = values
     return record
+
+
+def unpack_biases(layout: FfnLayout, record: U8) -> FfnBiases:
+    """The biases of a record; zeros where it has none."""
+    sizes = layout.intermediate, layout.intermediate, layout.hidden
+    if not layout.biased:
+        return FfnBiases(*(np.zeros(n, np.float32) for n in sizes))
+    views = _bias_views(layout, record)
+    return FfnBiases(*(view[:n] for view, n in zip(views, sizes, strict=True)))
+
+
+def _bias_views(layout: FfnLayout, record: U8) -> list[F32]:
+    values: F32 = record[layout.bias_offset : layout.nbytes].view("<f4")
+    ends = np.cumsum(layout.bias_rows)[:2]
+    return np.split(values, ends)
 
 
 def unpack_ffn(layout: FfnLayout, record: U8) -> tuple[Quantized, Quantized, Quantized]:
@@ -224,7 +307,7 @@ def unpack_ffn(layout: FfnLayout, record: U8) -> tuple[Quantized, Quantized, Qua
     shape = layout.gate_up.matrix_shape(layout.intermediate, layout.hidden)
     pairs = record[: layout.gate_up_nbytes].reshape(shape[0], shape[1], 2, shape[2])
     gate, up = (layout.gate_up.unpack(pairs[:, :, i], layout.intermediate, layout.hidden) for i in (0, 1))
-    down = record[layout.down_offset : layout.nbytes]
+    down = record[layout.down_offset : layout.bias_offset]
     return gate, up, layout.down.unpack(down, layout.hidden, layout.intermediate_padded)
 
 
@@ -238,7 +321,7 @@ def dequantize_ffn(layout: FfnLayout, record: U8) -> tuple[F32, F32, F32]:
 def codec_to_json(codec: Codec) -> dict[str, Any]:
     """The manifest's form of a codec: its fields and a ``kind``."""
     if isinstance(codec, FfnLayout):
-        return {
+        body: dict[str, Any] = {
             "kind": "ffn",
             "hidden": codec.hidden,
             "intermediate": codec.intermediate,
@@ -246,7 +329,19 @@ def codec_to_json(codec: Codec) -> dict[str, Any]:
             "down": codec_to_json(codec.down),
             "down_offset": codec.down_offset,
         }
-    return {"kind": "tile" if isinstance(codec, TileCodec) else "dense", **asdict(codec)}
+        if codec.glu is not None:
+            body["glu"] = asdict(codec.glu)
+        return body | {"biased": True} if codec.biased else body
+    body = {"kind": "tile" if isinstance(codec, TileCodec) else "dense", **asdict(codec)}
+    table = body.pop("table", None)
+    return body if table is None else body | {"table": list(table)}
+
+
+def is_extended(codec: Codec) -> bool:
+    """True for what readers of format versions 1 and 2 would misread: tables, other GLUs, biases."""
+    if isinstance(codec, FfnLayout):
+        return codec.biased or codec.glu is not None or is_extended(codec.gate_up) or is_extended(codec.down)
+    return isinstance(codec, TileCodec) and codec.table is not None
 
 
 def codec_from_json(value: object) -> Codec:
@@ -268,16 +363,36 @@ def ffn_from_json(value: object) -> FfnLayout:
     if not isinstance(value, dict):
         raise BundleError(f"the FFN layout {value!r} is not an object: convert the model again")
     hidden, intermediate = _checked(value, "hidden", int), _checked(value, "intermediate", int)
+    biased = value.get("biased", False)
+    if not isinstance(biased, bool):
+        raise BundleError(f"the codec field 'biased' is {biased!r}: convert the model again")
     return FfnLayout(
-        hidden, intermediate, _tile_from_json(value.get("gate_up")), _tile_from_json(value.get("down"))
+        hidden,
+        intermediate,
+        _tile_from_json(value.get("gate_up")),
+        _tile_from_json(value.get("down")),
+        _glu_from_json(value.get("glu")),
+        biased,
     )
+
+
+def _glu_from_json(value: object) -> ClampedGlu | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise BundleError(f"the GLU {value!r} is not an object: convert the model again")
+    return ClampedGlu(_checked(value, "alpha", float), _checked(value, "limit", float))
 
 
 def _tile_from_json(value: object) -> TileCodec:
     if not isinstance(value, dict):
         raise BundleError(f"the tile codec {value!r} is not an object: convert the model again")
+    table = value.get("table")
     return TileCodec(
-        _checked(value, "bits", int), _checked(value, "group", int), _checked(value, "scale_dtype", str)
+        _checked(value, "bits", int),
+        _checked(value, "group", int),
+        _checked(value, "scale_dtype", str),
+        tuple(_checked(value, "table", list)) if table is not None else None,
     )
 
 

@@ -17,12 +17,14 @@ from flashmoe.bundle.codecs import (
     codec_from_json,
     codec_to_json,
     ffn_from_json,
+    is_extended,
 )
 from flashmoe.errors import BundleError
 
 FORMAT = "flashmoe-bundle"
 FORMAT_VERSION = 1
 STRIPED_VERSION = 2  # of a bundle whose experts lie in several directories: older readers must refuse it
+EXTENDED_VERSION = 3  # with tables of codes, biased records or other GLUs; striped or not
 MOST_STRIPES = 64
 MANIFEST_FILE = "manifest.json"
 RESIDENT_FILE = "resident.safetensors"
@@ -89,12 +91,20 @@ class Manifest:
     stripes: Sequence[str] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def format_version(self) -> int:
+        """The lowest version that has all that the bundle uses, so that older readers open what they can."""
+        codecs = [*(tensor.codec for tensor in self.tensors.values()), *(layer.ffn for layer in self.experts)]
+        if any(map(is_extended, codecs)):
+            return EXTENDED_VERSION
+        return STRIPED_VERSION if self.stripes else FORMAT_VERSION
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
         experts = {"count": self.expert_count, "layers": [_layer_to_json(r) for r in self.experts]}
         return {
             "format": FORMAT,
-            "format_version": STRIPED_VERSION if self.stripes else FORMAT_VERSION,
+            "format_version": self.format_version,
             "model_type": self.model_type,
             "source": dict(self.source),
             "quantization_note": self.quantization_note,
@@ -147,9 +157,9 @@ def parse_manifest(value: object) -> Manifest:
     if root.get("format") != FORMAT:
         raise BundleError(f"format is {root.get('format')!r}, not {FORMAT!r}: this is no flashmoe bundle")
     version = root.get("format_version")
-    if version not in (FORMAT_VERSION, STRIPED_VERSION):
+    if version not in (FORMAT_VERSION, STRIPED_VERSION, EXTENDED_VERSION):
         raise BundleError(
-            f"format_version is {version!r}, this flashmoe reads {FORMAT_VERSION} and {STRIPED_VERSION}:"
+            f"format_version is {version!r}, this flashmoe reads {FORMAT_VERSION} to {EXTENDED_VERSION}:"
             " convert the model again or use another flashmoe"
         )
     experts = _object(root.get("experts"), "experts")
@@ -158,7 +168,8 @@ def parse_manifest(value: object) -> Manifest:
     numbers = [layer.layer for layer in layers]
     if numbers != sorted(set(numbers)):
         raise BundleError("experts.layers is not in ascending order: convert the model again")
-    stripes = _stripes(experts, count, layers) if version == STRIPED_VERSION else ()
+    striped = version == STRIPED_VERSION or (version == EXTENDED_VERSION and "stripes" in experts)
+    stripes = _stripes(experts, count, layers) if striped else ()
     return Manifest(
         model_type=_text(root, "model_type", "the manifest"),
         source=_object(root.get("source"), "source"),

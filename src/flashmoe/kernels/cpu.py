@@ -8,6 +8,7 @@ from typing import Any
 from flashmoe import _native
 from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec
 from flashmoe.errors import ConfigError
+from flashmoe.kernels.ops import F32
 
 ACTIVATIONS = ("int8", "f32")
 
@@ -58,23 +59,28 @@ class CpuOps:
         self._quant, self._floats = quant, floats
         # Bound methods: a decode step makes some 400 calls, and a wrapper of each would cost 0.1 ms a token.
         self.linear, self.embed, self.sigmoid = quant.linear, quant.embed, quant.sigmoid
+        self.head_linear = quant.head_linear
         self.prepare, self.expert_ffn, self.combine = quant.prepare, quant.expert_ffn, quant.combine
         self.rms_norm, self.add_rms_norm = floats.rms_norm, floats.add_rms_norm
         self.gated_rms_norm = floats.gated_rms_norm
         self.causal_conv1d, self.gated_delta_rule = floats.causal_conv1d, floats.gated_delta_rule
         self.attention_prepare, self.attention = floats.attention_prepare, floats.attention
-        self.route = floats.route
+        self.mla_prepare, self.mla_attention = floats.mla_prepare, floats.mla_attention
+        self.route, self.route_grouped = floats.route, floats.route_grouped
 
     @property
     def scratch_nbytes(self) -> int:
         """Bytes of the kernels' own grow-only scratch memory."""
         return self._quant.scratch_nbytes + self._floats.scratch_nbytes
 
-    def weight(self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int) -> _native.Weight:
-        """A matrix [rows, cols] over its bytes in memory; the array stays alive as long as the weight."""
+    def weight(
+        self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int, bias: F32 | None = None
+    ) -> _native.Weight:
+        """A matrix [rows, cols] over its bytes in memory; the arrays stay alive as long as the weight."""
         if isinstance(codec, TileCodec):
-            return _native.tile_weight(data, rows, cols, codec.bits, codec.group, codec.scale_dtype == "f16")
-        return _native.dense_weight(data, rows, cols, codec.dtype)
+            f16, table = codec.scale_dtype == "f16", _table(codec)
+            return _native.tile_weight(data, rows, cols, codec.bits, codec.group, f16, table, bias)
+        return _native.dense_weight(data, rows, cols, codec.dtype, bias)
 
     def ffn_layout(self, layout: FfnLayout) -> _native.FfnLayout:
         """The native form of a record's layout."""
@@ -86,6 +92,11 @@ class CpuOps:
             (down.bits, down.group),
             gate_up.scale_dtype == "f16",
             down.scale_dtype == "f16",
+            _table(gate_up),
+            _table(down),
+            0.0 if layout.glu is None else layout.glu.alpha,
+            0.0 if layout.glu is None else layout.glu.limit,
+            layout.biased,
         )
 
     def ffn_weights(self, data: U8, layout: FfnLayout) -> FfnWeights:
@@ -103,3 +114,7 @@ class CpuOps:
     def int8_peak(self) -> float:
         """Integer multiply-adds per second that all threads together reach between registers; best of three passes."""
         return self._quant.int8_peak()
+
+
+def _table(codec: TileCodec) -> list[int] | None:
+    return None if codec.table is None else list(codec.table)

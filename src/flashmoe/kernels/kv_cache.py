@@ -2,8 +2,8 @@
 
 An array [kv_heads, blocks of 16 positions, block].  A block of keys is [D, 16]: a vector register then holds one value
 of 16 keys, and their scores need no sum over its lanes.  A block of values is [16, D].  D is head_dim rounded up to 16
-(the rest stays zero).  An int8 block ends with its float32 scales [groups of 64 values, 16 positions]: value = code *
-scale with scale = max|x| / 127.
+(the rest stays zero).  Latents (multi-head latent attention) lie as the values of one head.  An int8 block ends with
+its float32 scales [groups of 64 values, 16 positions]: value = code * scale with scale = max|x| / 127.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load_values(cache: Cache, head_dim: int) -> F64:
 def cache_scales(cache: Cache) -> NDArray[Any]:
     """The scales of an int8 cache, a view [kv_heads, blocks, groups * 16]."""
     # A block is 16 positions of D codes and 4 bytes for each group of 64 of them: D is found from its size.
-    head_dim = next(d for d in range(16, 513, 16) if cache_shape(1, 1, d, np.int8)[2] == cache.shape[2])
+    head_dim = next(d for d in range(16, 1025, 16) if cache_shape(1, 1, d, np.int8)[2] == cache.shape[2])
     return cache[:, :, POSITIONS * head_dim :].view(np.float32)
 
 

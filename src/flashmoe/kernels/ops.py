@@ -48,9 +48,15 @@ TOLERANCE: Mapping[str, Tolerance] = {
     # A key that float32 and float64 round to different codes: a step of 1/127 of its group's largest.
     "attention_prepare/int8": Tolerance(0.0, 4e-2),
     "attention": Tolerance(0.0, 2e-6),  # a weighted mean of values of the order of one
+    "mla_prepare": Tolerance(2e-6, 1e-6),
+    "mla_prepare/f16": Tolerance(1e-3, 1e-7),  # as for attention_prepare, here and below
+    "mla_prepare/int8": Tolerance(0.0, 4e-2),
+    "mla_attention": Tolerance(0.0, 4e-6),  # one chain of additions over spans of 2,048 keys
     # The weights; the chosen experts are equal.  A difference of 80 is rounded by 4e-6, and so is its exponential.
     "route": Tolerance(1e-5, 1e-37),
+    "route_grouped": Tolerance(2e-6, 1e-37),
     "embed": Tolerance(0.0, 0.0),  # dequantisation is defined to the bit
+    "head_linear": Tolerance(0.0, 2e-5),
     "linear": Tolerance(0.0, 2e-5),  # on both activation paths: planes and integer sums are exact
     "combine": Tolerance(2e-7, 0.0),
     "expert_ffn": Tolerance(0.0, 2e-5),
@@ -80,8 +86,13 @@ class FfnRecord(Protocol):
 class WeightOps(Protocol):
     """Binding bytes of a bundle to a backend.  Handles belong to the backend that made them; their type is its own."""
 
-    def weight(self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int) -> Any:
-        """A matrix [rows, cols] over its bytes, for linear and embed; keeps the array alive."""
+    def weight(
+        self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int, bias: F32 | None = None
+    ) -> Any:
+        """A matrix [rows, cols] over its bytes, for linear and embed; keeps the arrays alive.
+
+        bias [rows] is added to every product with the matrix.
+        """
 
     def ffn_layout(self, layout: FfnLayout) -> Any:
         """A record's shape in the backend's form."""
@@ -114,9 +125,16 @@ class MatrixOps(Protocol):
     """
 
     def linear(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], precise: bool = False) -> None:
-        """outs[i][t, :] = W_i x[t]; x [T, K], W_i [N_i, K], outs[i] [T, N_i]; at most 8 matrices.
+        """outs[i][t, :] = W_i x[t] (+ bias_i); x [T, K], W_i [N_i, K], outs[i] [T, N_i]; at most 8 matrices.
 
         precise: low planes count everywhere (router and output head, whose small differences decide).
+        """
+
+    def head_linear(self, x: F32, weight: Any, out: F32, precise: bool = False) -> None:
+        """out[t, h, :N] = W_h x[t, h, :K] with a matrix for each head; W [heads * N, K] holds one after another.
+
+        x [T, heads, >= K] and out [T, heads, >= N]; what lies beyond is neither read nor written.  N: a multiple of 16
+        for a matrix of tiles.  The absorbed projections of latent attention.
         """
 
     def embed(self, table: Any, ids: I32, out: F32) -> None:
@@ -141,6 +159,9 @@ class MatrixOps(Protocol):
         shared: tuple[Any, Any, int] | None = None,
     ) -> None:
         """Feed-forward blocks y = W_down (silu(W_gate x) * (W_up x)) of several records in one call.
+
+        A layout with a clamped GLU (bundle.codecs.ClampedGlu) joins gate and up by that; biases are added to the three
+        products where the layout has them, before weights apply.
 
         Pair p is token tokens[p] and result row rows[p].  The record at addresses[j], of shape `layout`, serves the
         pairs offsets[j] <= p < offsets[j + 1].  `shared` (input, layout, address) is one more record, of a shape of its
@@ -196,8 +217,8 @@ class FloatOps(Protocol):
         q_gate: F32,
         k: F32,
         v: F32,
-        q_norm: F32,
-        k_norm: F32,
+        q_norm: F32 | None,
+        k_norm: F32 | None,
         eps: float,
         cos: F32,
         sin: F32,
@@ -208,18 +229,62 @@ class FloatOps(Protocol):
     ) -> None:
         """Normalise and rotate queries and keys; append keys and values to the cache.
 
-        q_gate [T, Hq * 2D]: per head D values of the query, then D of the gate (not read here).  k, v [T, Hkv * D];
-        q_norm, k_norm [D]; q_out [T, Hq, D]; keys, values: caches of kernels/kv_cache.py, positions `position` on.
+        q_gate [T, Hq * 2D]: per head D values of the query, then D of the gate (not read here); without a gate [T, Hq *
+        D].  k, v [T, Hkv * D]; q_norm, k_norm [D], None for no norm; q_out [T, Hq, D]; keys, values: caches of
+        kernels/kv_cache.py, positions `position` on.
         cos, sin [context, R / 2]: rotation of the pairs (i, i + R / 2) of the first R <= D values (arXiv 2104.09864).
         D <= 512.
         """
 
-    def attention(self, q: F32, keys: Cache, values: Cache, position: int, q_gate: F32, out: F32) -> None:
-        """Causal grouped-query attention with an output gate.
+    def attention(
+        self,
+        q: F32,
+        keys: Cache,
+        values: Cache,
+        position: int,
+        q_gate: F32 | None,
+        out: F32,
+        window: int = 0,
+        sinks: F32 | None = None,
+    ) -> None:
+        """Causal grouped-query attention, with an output gate unless q_gate is None.
 
         Token t sees the keys 0 .. position + t; query head h reads key/value head h // (Hq / Hkv).  out [T, Hq * D] =
         softmax(q . k / sqrt(D)) v * sigmoid(gate); q [T, Hq, D], the others as in attention_prepare.  Online softmax in
         blocks of 256 keys at fixed positions (arXiv 1805.02867), so that T does not change a bit.
+
+        window W > 0: token t sees only the last W of its keys, itself included.  sinks [Hq]: a score of each head that
+        takes part in the softmax and has the value zero (gpt-oss; arXiv 2309.17453).
+        """
+
+    def mla_prepare(
+        self,
+        q: F32,
+        latents: F32,
+        norm: F32,
+        eps: float,
+        cos: F32,
+        sin: F32,
+        interleaved: bool,
+        position: int,
+        q_out: F32,
+        cache: Cache,
+    ) -> None:
+        """Rotated parts of queries and keys of latent attention; latents to the cache (arXiv 2405.04434).
+
+        q [T, H, N + R]: a head's part without positions, then the rotated one; latents [T, C + R]: the latent, then the
+        rotated key that all heads share; norm [C]; q_out [T, H, C + R]: its last R values are written (the first C come
+        from head_linear).  cache: positions `position` on, C + R values each, the latent normalised.  cos, sin
+        [context, R / 2] turn the pairs (i, i + R / 2) or, interleaved, (2i, 2i + 1), which are then stored as the
+        former.  C + R <= 640.
+        """
+
+    def mla_attention(self, q: F32, cache: Cache, position: int, scale: float, out: F32) -> None:
+        """Causal latent attention, absorbed: all heads read one cache of keys, whose first C values are the values.
+
+        Token t sees 0 .. position + t; out [T, H, C] = softmax(scale * q . key) key[:C]; q [T, H, C + R].  The running
+        maximum moves every 256 keys, and sums are kept apart for spans of 2,048 keys, at fixed positions, so that T
+        does not change a bit.
         """
 
     def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
@@ -227,6 +292,26 @@ class FloatOps(Protocol):
 
         logits [T, E]; chosen int32, weights [T, k].  Sorted by falling weight; of equal logits the lower expert number
         comes first.  Raises RuntimeError when a logit is not a number.
+        """
+
+    def route_grouped(
+        self,
+        logits: F32,
+        bias: F32,
+        k: int,
+        groups: int,
+        topk_groups: int,
+        normalise: bool,
+        scale: float,
+        chosen: I32,
+        weights: F32,
+    ) -> None:
+        """Sigmoid routing with a correction bias and groups (DeepSeek-V3, arXiv 2412.19437).
+
+        s = sigmoid(logits) [T, E]; s + bias decides: only experts of the topk_groups best of `groups` equal groups
+        count (a group's worth is the sum of its best two), of these the k best.  weights = s (without bias) of these,
+        divided by their sum + 1e-20 where `normalise`, times scale.  Sorted by falling s + bias; of equals the lower
+        number first.  Raises RuntimeError when a logit is not a number.
         """
 
 

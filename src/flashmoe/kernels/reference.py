@@ -45,9 +45,11 @@ class ReferenceOps:
 
     # Weights
 
-    def weight(self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int) -> ReferenceWeight:
+    def weight(
+        self, data: U8, codec: TileCodec | DenseCodec, rows: int, cols: int, bias: F32 | None = None
+    ) -> ReferenceWeight:
         """A matrix over its bytes."""
-        return ReferenceWeight(data, codec, rows, cols)
+        return ReferenceWeight(data, codec, rows, cols, bias)
 
     def ffn_layout(self, layout: FfnLayout) -> FfnLayout:
         """The layout itself."""
@@ -75,6 +77,16 @@ class ReferenceOps:
         """See Ops."""
         for weight, out in zip(weights, outs, strict=True):
             out.reshape(len(x), weight.rows)[...] = weight.product(x, precise, self._int8)
+
+    def head_linear(self, x: F32, weight: ReferenceWeight, out: F32, precise: bool = False) -> None:
+        """See Ops."""
+        heads, rows = x.shape[1], weight.rows // x.shape[1]
+        values = weight.values.astype(np.float64).reshape(heads, rows, weight.cols)
+        for h in range(heads):
+            source = weight.seen(np.ascontiguousarray(x[:, h, : weight.cols]), precise, self._int8)
+            out[:, h, :rows] = source @ values[h].T
+            if weight.bias is not None:
+                out[:, h, :rows] += weight.bias[h * rows : (h + 1) * rows]
 
     def embed(self, table: ReferenceWeight, ids: I32, out: F32) -> None:
         """See Ops."""
@@ -160,8 +172,8 @@ class ReferenceOps:
         q_gate: F32,
         k: F32,
         v: F32,
-        q_norm: F32,
-        k_norm: F32,
+        q_norm: F32 | None,
+        k_norm: F32 | None,
         eps: float,
         cos: F32,
         sin: F32,
@@ -174,25 +186,76 @@ class ReferenceOps:
         tokens, heads, dim = q_out.shape
         new = slice(position, position + tokens)
         angles = cos[new].astype(np.float64)[:, None], sin[new].astype(np.float64)[:, None]
-        queries = q_gate.reshape(tokens, heads, 2, dim)[:, :, 0]
-        q_out[...] = _rotated(_normalised(queries, eps) * q_norm, *angles)
-        rotated = _rotated(_normalised(k.reshape(tokens, -1, dim), eps) * k_norm, *angles)
+        queries = q_gate.reshape(tokens, heads, -1, dim)[:, :, 0]
+        q_out[...] = _rotated(_with_norm(queries, q_norm, eps), *angles)
+        rotated = _rotated(_with_norm(k.reshape(tokens, -1, dim), k_norm, eps), *angles)
         # Through float32, as any backend computes it: float16 then rounds the same number.
         store_keys(keys, position, rotated.astype(np.float32))
         store_values(values, position, v.reshape(tokens, -1, dim))
 
-    def attention(self, q: F32, keys: Cache, values: Cache, position: int, q_gate: F32, out: F32) -> None:
+    def attention(
+        self,
+        q: F32,
+        keys: Cache,
+        values: Cache,
+        position: int,
+        q_gate: F32 | None,
+        out: F32,
+        window: int = 0,
+        sinks: F32 | None = None,
+    ) -> None:
         """See Ops."""
         tokens, heads, dim = q.shape
-        gate = sigmoid(q_gate.reshape(tokens, heads, 2, dim)[:, :, 1].astype(np.float64))
+        gate = np.ones((tokens, heads, dim))
+        if q_gate is not None:
+            gate = sigmoid(q_gate.reshape(tokens, heads, 2, dim)[:, :, 1].astype(np.float64))
         result = out.reshape(tokens, heads, dim)
         all_keys, all_values = load_keys(keys, dim), load_values(values, dim)
         for t in range(tokens):
             for h in range(heads):
                 kv_head = h // (heads // len(keys))
-                visible = slice(0, position + t + 1)
+                end = position + t + 1
+                visible = slice(max(0, end - window) if window else 0, end)
                 scores = all_keys[kv_head, visible] @ q[t, h] / np.sqrt(dim)
-                result[t, h] = _softmax(scores) @ all_values[kv_head, visible] * gate[t, h]
+                sink = [] if sinks is None else [sinks[h]]
+                weights = _softmax(np.append(scores, sink))[: len(scores)]
+                result[t, h] = weights @ all_values[kv_head, visible] * gate[t, h]
+
+    def mla_prepare(
+        self,
+        q: F32,
+        latents: F32,
+        norm: F32,
+        eps: float,
+        cos: F32,
+        sin: F32,
+        interleaved: bool,
+        position: int,
+        q_out: F32,
+        cache: Cache,
+    ) -> None:
+        """See Ops."""
+        tokens, rank, turned = len(q), len(norm), 2 * cos.shape[1]
+        new = slice(position, position + tokens)
+        angles = cos[new].astype(np.float64)[:, None], sin[new].astype(np.float64)[:, None]
+
+        def rotated(x: F32) -> F64:
+            pairs = np.concatenate([x[..., 0::2], x[..., 1::2]], -1) if interleaved else x
+            return _rotated(pairs.astype(np.float64), *angles)
+
+        rows = latents.reshape(tokens, 1, -1)
+        q_out[..., rank:] = rotated(q[..., q.shape[2] - turned :])
+        normed = _normalised(rows[..., :rank], eps) * norm
+        store_values(
+            cache, position, np.concatenate([normed, rotated(rows[..., rank:])], -1).astype(np.float32)
+        )
+
+    def mla_attention(self, q: F32, cache: Cache, position: int, scale: float, out: F32) -> None:
+        """See Ops."""
+        keys = load_values(cache, q.shape[2])[0]
+        for t in range(len(q)):
+            visible = keys[: position + t + 1]
+            out[t] = _softmax(q[t] @ visible.T * scale) @ visible[:, : out.shape[2]]
 
     def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
         """See Ops."""
@@ -202,6 +265,36 @@ class ReferenceOps:
         chosen.reshape(order.shape)[...] = order
         best = np.take_along_axis(_softmax(logits.astype(np.float64)), order, axis=-1)
         weights.reshape(order.shape)[...] = best / best.sum(-1, keepdims=True)
+
+    def route_grouped(
+        self,
+        logits: F32,
+        bias: F32,
+        k: int,
+        groups: int,
+        topk_groups: int,
+        normalise: bool,
+        scale: float,
+        chosen: I32,
+        weights: F32,
+    ) -> None:
+        """See Ops; what decides is rounded to float32, as ties are between float32 numbers."""
+        if np.isnan(logits).any():
+            raise RuntimeError("the router computed a value that is not a number")
+        tokens, experts = logits.shape
+        score = sigmoid(logits.astype(np.float64))
+        ranked = score.astype(np.float32) + bias
+        best_two = -np.sort(-ranked.reshape(tokens, groups, -1), axis=-1)[..., :2]
+        kept = np.argsort(-best_two.sum(-1), axis=-1, kind="stable")[:, :topk_groups]
+        outside = np.ones((tokens, groups), bool)
+        np.put_along_axis(outside, kept, False, axis=-1)
+        ranked[np.repeat(outside, experts // groups, axis=-1)] = -np.inf
+        order = np.argsort(-ranked, axis=-1, kind="stable")[:, :k]
+        chosen.reshape(order.shape)[...] = order
+        best = np.take_along_axis(score, order, axis=-1)
+        if normalise:
+            best = best / (best.sum(-1, keepdims=True) + 1e-20)
+        weights.reshape(order.shape)[...] = best * scale
 
 
 def _softmax(x: F64) -> F64:
@@ -213,6 +306,10 @@ def _normalised(x: NDArray[Any], eps: float) -> F64:
     """x / sqrt(mean(x^2) + eps) over the last axis."""
     wide = x.astype(np.float64)
     return np.asarray(wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + eps), np.float64)
+
+
+def _with_norm(x: NDArray[Any], w: F32 | None, eps: float) -> F64:
+    return x.astype(np.float64) if w is None else _normalised(x, eps) * w
 
 
 def _rotated(x: F64, cos: F64, sin: F64) -> F64:

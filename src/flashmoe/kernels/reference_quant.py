@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec, unpack_ffn
+from flashmoe.bundle.codecs import (
+    U8,
+    DenseCodec,
+    FfnBiases,
+    FfnLayout,
+    TileCodec,
+    unpack_biases,
+    unpack_ffn,
+)
 from flashmoe.checkpoint.dtypes import half_to_f32
 from flashmoe.kernels.ops import F32
 
@@ -59,6 +67,7 @@ class ReferenceWeight:
     codec: TileCodec | DenseCodec
     rows: int
     cols: int
+    bias: F32 | None = None
 
     @cached_property
     def values(self) -> F32:
@@ -74,11 +83,14 @@ class ReferenceWeight:
 
     def product(self, x: F32, precise: bool, int8: bool) -> F64:
         """x W^T, [T, rows]."""
-        codec = self.codec
-        if isinstance(codec, TileCodec):
-            limit = PRECISE if precise else COARSE_LIMIT
-            return seen(x, codec.group, limit, int8) @ self.values.T.astype(np.float64)
-        return x.astype(np.float64) @ self.values.T.astype(np.float64)
+        bias = 0.0 if self.bias is None else self.bias.astype(np.float64)
+        return self.seen(x, precise, int8) @ self.values.T.astype(np.float64) + bias
+
+    def seen(self, x: F32, precise: bool, int8: bool) -> F64:
+        """x [T, cols] as the product sees it."""
+        if isinstance(self.codec, TileCodec):
+            return seen(x, self.codec.group, PRECISE if precise else COARSE_LIMIT, int8)
+        return x.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -104,22 +116,32 @@ class ReferenceInput:
 
 
 def feed_forward(x: F32, layout: FfnLayout, address: int, precise: bool, int8: bool) -> F64:
-    """W_down (silu(W_gate x) * (W_up x)) of the record at `address`, [T, hidden]."""
-    gate, up, down = _record_values(layout, address)
+    """W_down glu(W_gate x, W_up x) of the record at `address` with its biases, [T, hidden]."""
+    (gate, up, down), biases = _record_values(layout, address)
     source = seen(x, layout.gate_up.group, PRECISE if precise else COARSE_LIMIT, int8)
-    gated = source @ gate.T
-    hidden = gated * sigmoid(gated) * (source @ up.T)
+    hidden = _joined(source @ gate.T + biases.gate, source @ up.T + biases.up, layout)
     padded = np.zeros((len(x), layout.intermediate_padded), np.float32)
     padded[:, : layout.intermediate] = hidden
-    return seen(padded, layout.down.group, PRECISE if precise else COARSE_LIMIT_HIDDEN, int8) @ down.T
+    limit = PRECISE if precise else COARSE_LIMIT_HIDDEN
+    return seen(padded, layout.down.group, limit, int8) @ down.T + biases.down
 
 
-def _record_values(layout: FfnLayout, address: int) -> tuple[F64, F64, F64]:
-    """float64 gate, up [I, H] and down [H, padded I] of the bytes at `address`."""
+def _joined(gate: F64, up: F64, layout: FfnLayout) -> F64:
+    if layout.glu is None:
+        return gate * sigmoid(gate) * up
+    alpha, limit = layout.glu.alpha, layout.glu.limit
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return np.asarray((up + 1) * gate * sigmoid(alpha * gate), np.float64)
+
+
+def _record_values(layout: FfnLayout, address: int) -> tuple[tuple[F64, F64, F64], FfnBiases]:
+    """float64 gate, up [I, H] and down [H, padded I] of the bytes at `address`, and the biases."""
     bytes_there: Any = (ctypes.c_uint8 * layout.nbytes).from_address(address)
-    gate, up, down = unpack_ffn(layout, np.ctypeslib.as_array(bytes_there))
-    return (
+    record = np.ctypeslib.as_array(bytes_there)
+    gate, up, down = unpack_ffn(layout, record)
+    values = (
         layout.gate_up.values(gate).astype(np.float64),
         layout.gate_up.values(up).astype(np.float64),
         layout.down.values(down).astype(np.float64),
     )
+    return values, unpack_biases(layout, record)
