@@ -121,6 +121,7 @@ demo-model: $(VENV)/.installed
 fixtures: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
 	$(ORACLE_VENV)/bin/python tests/golden/make_fixtures.py
+	$(ORACLE_VENV)/bin/python tests/golden/attention_families.py
 
 clean:
 	rm -rf build $(VENV) $(ORACLE_VENV)

@@ -132,6 +132,14 @@ class Checkpoint:
             digest.update(read_exact(self.path / shard, offset, min(_SAMPLE, size)).data)
         return digest.hexdigest()
 
+    def skip(self, prefixes: Iterable[str]) -> None:
+        """Leave out tensors whose canonical names begin so: known ones that the model does without."""
+        for prefix in prefixes:
+            names = [name for name in self.tensors if name.startswith(prefix)]
+            sizes = [self.tensors.pop(name).entry.nbytes for name in names]
+            if sizes:
+                self.skipped.append(Skipped(prefix, len(sizes), sum(sizes)))
+
     def unused(self, used: Iterable[str]) -> list[str]:
         """Canonical names that ``used`` leaves over, sorted."""
         return sorted(set(self.tensors) - set(used))

@@ -89,6 +89,15 @@ class CodedMatrix(Matrix):
         _, scales, biases = self.read(runs)
         return scales, biases
 
+    @property
+    def table(self) -> tuple[int, ...] | None:
+        """The sixteen values that codes may have, if there are no more: read_entries then tells which."""
+        return None
+
+    def read_entries(self, runs: Sequence[Run]) -> AffineRows:
+        """As read, with places in the table instead of codes."""
+        raise NotImplementedError
+
     def read_values(self, runs: Sequence[Run]) -> F32:
         """float32 [rows of runs, cols], dequantised."""
         return self.read(runs).values()

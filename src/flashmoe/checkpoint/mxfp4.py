@@ -11,7 +11,7 @@ import numpy as np
 from flashmoe.checkpoint.dtypes import F32
 from flashmoe.checkpoint.float_codes import FP4_CODES, e8m0, nibbles
 from flashmoe.checkpoint.matrices import AffineRows, CodedMatrix, ScaleType
-from flashmoe.checkpoint.tensors import U8, Run, TensorRef
+from flashmoe.checkpoint.tensors import Run, TensorRef
 from flashmoe.errors import CheckpointError
 
 
@@ -19,7 +19,8 @@ from flashmoe.errors import CheckpointError
 class Mxfp4Matrix(CodedMatrix):
     """Two values a byte, the first in the low half; ``blocks`` has 16 bytes for each byte of ``powers``.
 
-    As affine codes the 16 values are some of the 25 from -6 to 6 in steps of a half: five bits, without loss.
+    As affine codes the 16 values are some of the 25 from -6 to 6 in steps of a half: five bits, or four with a table,
+    without loss.
     """
 
     blocks: TensorRef
@@ -39,13 +40,19 @@ class Mxfp4Matrix(CodedMatrix):
         """Powers of two and twelve of them: bf16 has the exponents."""
         return "BF16"
 
-    def read_fp4(self, runs: Sequence[Run]) -> U8:
-        """The four-bit codes themselves, u8 [rows of runs, cols]."""
-        return nibbles(self.blocks.read_rows(runs, self.cols // 2))
+    @property
+    def table(self) -> tuple[int, ...]:
+        """Each FP4 code as an affine one."""
+        return tuple(FP4_CODES.tolist())
+
+    def read_entries(self, runs: Sequence[Run]) -> AffineRows:
+        """The FP4 codes themselves; raises CheckpointError on NaN or infinity."""
+        return AffineRows(nibbles(self.blocks.read_rows(runs, self.cols // 2)), *self.read_scales(runs))
 
     def read(self, runs: Sequence[Run]) -> AffineRows:
         """Codes, scales and biases of the rows of ``runs``; raises CheckpointError on NaN or infinity."""
-        return AffineRows(FP4_CODES[self.read_fp4(runs)], *self.read_scales(runs))
+        entries = self.read_entries(runs)
+        return entries._replace(codes=FP4_CODES[entries.codes])
 
     def read_scales(self, runs: Sequence[Run]) -> tuple[F32, F32]:
         """Scales and biases alone, float32 [rows of runs, cols // 32] each."""

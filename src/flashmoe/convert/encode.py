@@ -7,14 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashmoe.bundle.codecs import TILE_BITS, TILE_ROWS, U8, FfnLayout, Quantized, TileCodec, pack_ffn
+from flashmoe.bundle.codecs import (
+    TILE_BITS,
+    TILE_ROWS,
+    U8,
+    FfnBiases,
+    FfnLayout,
+    Quantized,
+    TileCodec,
+    pack_ffn,
+)
 from flashmoe.checkpoint import CodedMatrix, Matrix, Run
 from flashmoe.checkpoint.dtypes import F32, U16, HalfType, f32_to_half, half_to_f32, is_exact
+from flashmoe.convert.biases import Biases
 from flashmoe.convert.fit import fit
 from flashmoe.convert.importance import no_importance
 from flashmoe.convert.quantize import quantize
 from flashmoe.errors import CheckpointError
 
+_TABLE_BITS = 4
 _BATCH_VALUES = 1 << 21  # values in flight: 8 MiB as float32, about 40 MiB with every temporary
 
 
@@ -30,6 +41,11 @@ class Part:
     def bits(self) -> int | None:
         """Bits of the source's codes, None where only its values are to be had."""
         return self.matrix.bits if isinstance(self.matrix, CodedMatrix) else None
+
+    @property
+    def table(self) -> tuple[int, ...] | None:
+        """What four-bit codes of the source stand for, None where they have no such table."""
+        return self.matrix.table if isinstance(self.matrix, CodedMatrix) else None
 
     @property
     def rounded(self) -> bool:
@@ -63,10 +79,13 @@ def encode_tiles(part: Part, form: Form) -> Iterator[U8]:
         yield form.codec.pack(*block)
 
 
-def encode_ffn(layout: FfnLayout, parts: Sequence[Part], gate_up: Form, down: Form) -> U8:
-    """The record u8 [layout.nbytes] of gate, up and down parts."""
+def encode_ffn(
+    layout: FfnLayout, parts: Sequence[Part], gate_up: Form, down: Form, biases: Biases | None = None
+) -> U8:
+    """The record u8 [layout.nbytes] of gate, up and down parts, and of their biases where it has them."""
     gate, up, out = parts
-    return pack_ffn(layout, encode(gate, gate_up), encode(up, gate_up), encode(out, down))
+    values = None if biases is None else FfnBiases(*(bias.read() for bias in biases))
+    return pack_ffn(layout, encode(gate, gate_up), encode(up, gate_up), encode(out, down), values)
 
 
 def choose_form(
@@ -74,9 +93,13 @@ def choose_form(
 ) -> Form:
     """One form for parts that must share a codec.
 
-    Codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed; all else is
-    quantised with bf16 scales to ``wanted`` bits, or those that suit its values, which are ``default`` for floats.
+    Codes of at most ``wanted`` bits (any, when None) are kept, widened to the next tile where needed; those that all
+    have one table of values keep it.  All else is quantised with bf16 scales to ``wanted`` bits, or those that suit its
+    values, which are ``default`` for floats.
     """
+    tables = {part.table for part in parts}
+    if len(tables) == 1 and None not in tables and (wanted is None or wanted >= _TABLE_BITS):
+        return Form(TileCodec(_TABLE_BITS, _kept_group(parts), scale_type, *tables), keep_codes=True)
     sources = [part.bits for part in parts]
     widest = max((bits for bits in sources if bits is not None), default=0)
     if None not in sources and (wanted is None or widest <= wanted):
@@ -157,7 +180,7 @@ def _make(part: Part, values: F32, form: Form) -> Quantized:
 
 
 def _keep(matrix: CodedMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:
-    rows = matrix.read(runs)
+    rows = matrix.read(runs) if codec.table is None else matrix.read_entries(runs)
     repeats = matrix.group // codec.group  # a group of 128 becomes two of 64 with the same scale
     scales, biases = (
         np.repeat(_halves(matrix, values, codec.scale_dtype), repeats, axis=1)

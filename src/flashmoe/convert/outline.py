@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
@@ -42,6 +42,8 @@ def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
         resident = tuple(_slot(item, bits, spec.tied) for item in spec.resident)
         experts = bits.matrix_bits("experts", "")
         ffn = _layout(config.hidden_size, config.moe_intermediate_size, experts)
+        if spec.experts:
+            ffn = replace(ffn, glu=spec.experts[0].glu, biased=spec.experts[0].biased)
     except BundleError as error:
         raise ConfigError(f"config.json: {error}: flashmoe cannot tile this model") from error
     layers = tuple(item.layer for item in spec.experts)

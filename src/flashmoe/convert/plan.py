@@ -8,15 +8,26 @@ from functools import cached_property
 from typing import Any
 
 from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout
-from flashmoe.checkpoint import Checkpoint
+from flashmoe.checkpoint import Checkpoint, Matrix
 from flashmoe.checkpoint.dtypes import HalfType
 from flashmoe.checkpoint.tensors import TensorRef
+from flashmoe.convert.biases import Bias, Biases
 from flashmoe.convert.bits import DEFAULT_BITS, SENSITIVE_BITS, Bits, part_of
 from flashmoe.convert.encode import Form, Part, choose_form, needs_scan, plain_scale_type, scan_scale_type
 from flashmoe.convert.importance import NO_IMPORTANCE, Importance
+from flashmoe.convert.views import ordered
 from flashmoe.errors import CheckpointError, ConfigError
 from flashmoe.models.registry import find_family
-from flashmoe.models.spec import ExpertsSpec, FfnSource, FfnSpec, MatrixSource, MatrixSpec, VectorSpec
+from flashmoe.models.spec import (
+    BiasSource,
+    ExpertsSpec,
+    FfnSource,
+    FfnSpec,
+    MatrixSource,
+    MatrixSpec,
+    Order,
+    VectorSpec,
+)
 
 FITS = ("squares", "range")
 
@@ -84,6 +95,7 @@ class ExpertsItem:
     parts: Callable[[int], tuple[Part, Part, Part]]
     gate_up: Form
     down: Form
+    biases: Callable[[int], Biases] | None = None  # of gate, up and down of expert e
 
 
 Item = VectorItem | MatrixItem | FfnItem
@@ -175,7 +187,10 @@ class Plan:
 
 def layer_refs(item: ExpertsItem) -> set[TensorRef]:
     """The checkpoint tensors of a layer's experts."""
-    return {ref for e in range(item.count) for part in item.parts(e) for ref in part.matrix.refs()}
+    refs = {ref for e in range(item.count) for part in item.parts(e) for ref in part.matrix.refs()}
+    if item.biases is not None:
+        refs |= {bias.ref for e in range(item.count) for bias in item.biases(e)}
+    return refs
 
 
 @dataclass(frozen=True)
@@ -198,6 +213,7 @@ def make_plan(checkpoint: Checkpoint, wishes: Wishes, scale_types: ScaleTypes | 
         raise ConfigError(f"--fit {wishes.fit} is not offered: choose {' or '.join(FITS)}")
     family = find_family(checkpoint.config)
     spec = family.spec(family.config(checkpoint.config))
+    checkpoint.skip(spec.unused)
     planner = _Planner(checkpoint, wishes, scale_types, spec.tied)
     resident = [planner.item(s) for s in spec.resident]
     experts = [planner.experts(s) for s in spec.experts]
@@ -212,6 +228,7 @@ class _Planner:
         self._bits, self._fit, self._importance = wishes.bits, wishes.fit, wishes.importance
         self._table_part = wishes.bits.of_tied_table() if tied else "embedding"
         self._known = scale_types
+        self._ordered: dict[tuple[str, int, Order], Matrix] = {}
         self.scale_types: ScaleTypes = {}
 
     def item(self, spec: VectorSpec | MatrixSpec | FfnSpec) -> Item:
@@ -237,8 +254,26 @@ class _Planner:
         gates, downs = [p for parts in every for p in parts[:2]], [parts[2] for parts in every]
         asked = self._bits.asked("experts", f"layers.{spec.layer}")
         gate_up, down = self._ffn_forms(name, gates, downs, asked or self._bits.uniform)
-        layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec)
-        return ExpertsItem(spec.layer, spec.count, layout, every.__getitem__, gate_up, down)
+        layout = FfnLayout(spec.hidden, spec.intermediate, gate_up.codec, down.codec, spec.glu, spec.biased)
+        biases = [self._biases(source(e)) for e in range(spec.count)] if spec.biased else None
+        return ExpertsItem(
+            spec.layer,
+            spec.count,
+            layout,
+            every.__getitem__,
+            gate_up,
+            down,
+            None if biases is None else biases.__getitem__,
+        )
+
+    def _biases(self, source: FfnSource) -> Biases:
+        assert source.biases is not None  # the specification says so
+        gate, up, down = (self._bias(bias) for bias in source.biases)
+        return gate, up, down
+
+    def _bias(self, source: BiasSource) -> Bias:
+        ref = self._checkpoint.ref(source.tensor)
+        return Bias.of(ref, (source.rows, source.cols), source.row, source.first, source.step)
 
     def _matrix_bits(self, spec: MatrixSpec, part: Part) -> int | None:
         """None: the source's own, or the default of floats."""
@@ -273,9 +308,9 @@ class _Planner:
 
     def _expert_form(self, spec: ExpertsSpec) -> Callable[[int], FfnSource]:
         for form in spec.forms:
-            if self._checkpoint.has(form(0).gate.module):
+            if self._checkpoint.has(form(0).mark or form(0).gate.module):
                 return form
-        names = ", ".join(repr(form(0).gate.module) for form in spec.forms)
+        names = ", ".join(repr(form(0).mark or form(0).gate.module) for form in spec.forms)
         raise CheckpointError(
             f"{self._checkpoint.path} has no experts of layer {spec.layer} (none of {names}):"
             " download all of it again"
@@ -286,8 +321,17 @@ class _Planner:
         return self._part(source.gate, gate_up), self._part(source.up, gate_up), self._part(source.down, down)
 
     def _part(self, source: MatrixSource, name: str) -> Part:
-        matrix = self._checkpoint.matrix(source.module, source.rows, source.cols)
-        return Part(matrix, source.runs, self._importance.reader(name, source.cols))
+        return Part(self._matrix(source), source.runs, self._importance.reader(name, source.cols))
+
+    def _matrix(self, source: MatrixSource) -> Matrix:
+        order = source.order
+        if order is None:
+            return self._checkpoint.matrix(source.module, source.rows, source.cols)
+        key = source.module, source.cols, order
+        if key not in self._ordered:  # shared, as it may hold what the next of its rows need
+            stored = self._checkpoint.matrix(source.module, order.stored_rows, order.stored_cols)
+            self._ordered[key] = ordered(stored, source.cols, order.turned, order.woven)
+        return self._ordered[key]
 
 
 def scale_types_to_json(scale_types: ScaleTypes) -> dict[str, Any]:

@@ -297,7 +297,8 @@ class _Conversion:
 
 def _layer_units(item: ExpertsItem, stripes: Sequence[str]) -> list[Unit]:
     def record(expert: int) -> U8:
-        return encode_ffn(item.layout, item.parts(expert), item.gate_up, item.down)
+        biases = None if item.biases is None else item.biases(expert)
+        return encode_ffn(item.layout, item.parts(expert), item.gate_up, item.down, biases)
 
     return experts_units(item.layer, item.count, item.layout, record, stripes)
 

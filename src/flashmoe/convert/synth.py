@@ -16,6 +16,7 @@ from flashmoe.bundle.codecs import TILE_ROWS, U8, FfnLayout, TileCodec
 from flashmoe.bundle.manifest import FileRecord, Manifest
 from flashmoe.bundle.progress import Progress
 from flashmoe.bundle.writer import write_manifest, write_whole
+from flashmoe.checkpoint.dtypes import F32
 from flashmoe.convert.bits import Bits, parse_bits
 from flashmoe.convert.journal import Journal
 from flashmoe.convert.outline import Outline, Slot, make_outline
@@ -157,13 +158,20 @@ class _Synthesis:
         record = np.empty(layout.nbytes, np.uint8)
         parts = (
             (record[: layout.down_offset], layout.gate_up, float(layout.hidden), where & 0xFFFFFFFF),
-            (record[layout.down_offset :], layout.down, float(layout.intermediate), where >> 32),
+            (
+                record[layout.down_offset : layout.bias_offset],
+                layout.down,
+                float(layout.intermediate),
+                where >> 32,
+            ),
         )
         for out, codec, fan_in, place in parts:
             start = 0
             for chunk in self._pool(codec, fan_in).tiles(len(out) // codec.tile_nbytes, place):
                 out[start : start + chunk.size] = chunk.reshape(-1)
                 start += chunk.size
+        if layout.biased:
+            record[layout.bias_offset :] = _biases(layout, np.random.default_rng(where)).view(np.uint8)
         return record
 
     def _pool(self, codec: TileCodec, fan_in: float) -> TilePool:
@@ -214,6 +222,18 @@ class _Synthesis:
             write_whole(self._dst / name, data)
             records[name] = FileRecord(len(data), xxhash.xxh3_64_hexdigest(data))
         return records
+
+
+def _biases(layout: FfnLayout, rng: np.random.Generator) -> F32:
+    """Small biases of gate, up and down, zero where a matrix has no row."""
+    out = np.zeros(sum(layout.bias_rows), "<f4")
+    start = 0
+    for rows, room in zip(
+        (layout.intermediate, layout.intermediate, layout.hidden), layout.bias_rows, strict=True
+    ):
+        out[start : start + rows] = rng.normal(0.0, 0.05, rows)
+        start += room
+    return out
 
 
 def _with_layers(raw: dict[str, Any], layers: int) -> dict[str, Any]:

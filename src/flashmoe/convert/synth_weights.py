@@ -93,6 +93,10 @@ def vector_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     if kind == "dt_bias":
         step = np.exp(rng.uniform(math.log(1e-3), math.log(0.1), shape))
         return np.log(np.expm1(step)).astype(np.float32)  # softplus of it is the step
+    if kind == "e_score_correction_bias":
+        return np.zeros(shape, np.float32)
+    if kind in ("bias", "sinks"):
+        return rng.normal(0.0, 0.05, shape).astype(np.float32)
     return np.ones(shape, np.float32)
 
 

@@ -99,10 +99,14 @@ class StreamedExperts:
         layout, group = self._layouts[layer]
         if self._usage is not None:
             self._usage.add(layer, chosen)
-        for needed in {group, shared.group}:
+        for needed in {group, group if shared is None else shared.group}:
             self._ops.prepare(self._inputs[needed], x, needed)
         out.fill(0)
-        block = (self._inputs[shared.group], shared.layout, shared.address)
+        block = None
+        if shared is not None:
+            block = (self._inputs[shared.group], shared.layout, shared.address)
+        else:
+            shared_weights = shared_weights[:0]
         pairs = _Pairs(chosen, weights)
         # A request holds all its experts at once; a pool that it would fill serves a prompt's stream better.
         if len(x) == 1 or (len(x) <= FEW and 2 * len(pairs.experts) <= self._slots):
@@ -116,14 +120,14 @@ class StreamedExperts:
         layout: Any,
         group: int,
         pairs: _Pairs,
-        block: tuple[Any, Any, int],
+        block: tuple[Any, Any, int] | None,
         shared_weights: F32,
         out: F32,
         foresight: Foresight | None,
     ) -> None:
         """Experts are computed as they land; results are kept apart and summed in the end, in their order."""
         ops, lookahead, tokens = self._ops, self.lookahead, len(out)
-        everyone, experts = self._everyone[:tokens], pairs.experts
+        everyone, experts = self._everyone[: len(shared_weights)], pairs.experts
         rows = np.concatenate([everyone, pairs.tokens])
         factors = np.concatenate([shared_weights, pairs.weights])
         if not reads_ahead(self._slots, len(experts)):
@@ -134,7 +138,7 @@ class StreamedExperts:
                 lookahead.guess(foresight, tokens)
                 lookahead.read(request)
                 addresses = [self._base + slot * self._stride for _, slot in request.hits]
-                offsets = [tokens + bound for bound in pairs.bounds]
+                offsets = [len(everyone) + bound for bound in pairs.bounds]
                 ops.expert_ffn(
                     self._inputs[group], layout, addresses, offsets, rows, rows, out, factors, block
                 )
@@ -145,7 +149,7 @@ class StreamedExperts:
             while ready := request.next_ready():
                 lookahead.read(request)
                 self._run_ready(layout, group, pairs, ready, everyone[:0], None, y)
-        ops.combine(y, rows, factors, out)
+        ops.combine(y[tokens - len(everyone) :], rows, factors, out)
 
     def _run_ready(
         self,
@@ -188,15 +192,16 @@ class StreamedExperts:
         layout: Any,
         group: int,
         pairs: _Pairs,
-        block: tuple[Any, Any, int],
+        block: tuple[Any, Any, int] | None,
         shared_weights: F32,
         out: F32,
     ) -> None:
         ops, count = self._ops, len(out)
-        everyone = np.arange(count, dtype=np.int32)
-        ops.expert_ffn(
-            self._inputs[group], layout, [], [count], everyone, everyone, out, shared_weights, block
-        )
+        if block is not None:
+            everyone = np.arange(count, dtype=np.int32)
+            ops.expert_ffn(
+                self._inputs[group], layout, [], [count], everyone, everyone, out, shared_weights, block
+            )
         experts, bounds, tokens = pairs.experts, pairs.bounds, pairs.tokens
         # The stream keeps the order of its experts, so the i-th one owns the i-th range of pairs.
         done = 0

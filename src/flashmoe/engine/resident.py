@@ -63,14 +63,15 @@ class ResidentWeights:
         """All bytes of the arena."""
         return self._bytes
 
-    def matrix(self, name: str, rows: int, cols: int) -> Any:
-        """The matrix in the backend's form; raises BundleError when the shape differs."""
+    def matrix(self, name: str, rows: int, cols: int, bias: bool = False) -> Any:
+        """The matrix (with its bias) in the backend's form; raises BundleError when a shape differs."""
         info = self._checked(name, (rows, cols))
         if isinstance(info.codec, FfnLayout):
             raise BundleError(
                 f"{self._bundle.path}: {name} is a feed-forward record, not a matrix: convert again"
             )
-        return self._ops.weight(self._raw(info), info.codec, rows, cols)
+        added = self.vector(f"{name}.bias", rows) if bias else None
+        return self._ops.weight(self._raw(info), info.codec, rows, cols, added)
 
     def vector(self, name: str, *shape: int) -> NDArray[np.float32]:
         """A float32 array of `shape`; raises BundleError when the bundle has another one."""

@@ -15,7 +15,6 @@ from flashmoe.engine.bound import measure_memory
 from flashmoe.engine.engine import Engine
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.kv_cache import POSITIONS, cache_scales
-from flashmoe.nn.attention import KeyValueCache
 
 OPERATIONS = [
     "embed",
@@ -31,7 +30,11 @@ OPERATIONS = [
     "gated_delta_rule",
     "attention_prepare",
     "attention",
+    "head_linear",
+    "mla_prepare",
+    "mla_attention",
     "route",
+    "route_grouped",
 ]
 _FILL = 256  # blocks of positions filled with random values at a time
 
@@ -80,8 +83,8 @@ class Workbench:
         self.engine.start()
         state, rng = self._parts.states[0], np.random.default_rng(0)
         for layer in state.layers:
-            if isinstance(layer, KeyValueCache):
-                _fill(layer, tokens, rng)
+            for cache in getattr(layer, "caches", ()):
+                _fill(cache, tokens, rng)
         state.position = tokens
 
     def always_nbytes(self, sequences: int) -> int:
@@ -99,8 +102,7 @@ class Workbench:
         """Bytes of weights, states, keys and values that one decoded token reads at least."""
         total = self._parts.token_nbytes
         for layer in self._parts.states[0].layers:
-            if isinstance(layer, KeyValueCache):
-                total += layer.position_nbytes * context
+            total += getattr(layer, "position_nbytes", 0) * context
         return total
 
     def multiply_adds(self) -> tuple[int, int]:
@@ -144,16 +146,15 @@ def _timed(call: Callable[..., Any], name: str, seconds: dict[str, float]) -> Ca
     return timed
 
 
-def _fill(layer: KeyValueCache, tokens: int, rng: np.random.Generator) -> None:
+def _fill(cache: NDArray[Any], tokens: int, rng: np.random.Generator) -> None:
     """Standard normal keys and values; int8: codes of their spread with all scales equal."""
-    heads, _, block = layer.keys.shape
+    heads, _, block = cache.shape
     for begin in range(0, -(-tokens // POSITIONS), _FILL):
-        for cache in (layer.keys, layer.values):
-            blocks = cache[:, begin : min(begin + _FILL, -(-tokens // POSITIONS))]
-            if cache.dtype == np.int8:
-                _fill_codes(blocks, rng)
-            else:
-                blocks[...] = rng.standard_normal((heads, blocks.shape[1], block), np.float32)
+        blocks = cache[:, begin : min(begin + _FILL, -(-tokens // POSITIONS))]
+        if cache.dtype == np.int8:
+            _fill_codes(blocks, rng)
+        else:
+            blocks[...] = rng.standard_normal((heads, blocks.shape[1], block), np.float32)
 
 
 def _fill_codes(blocks: NDArray[np.int8], rng: np.random.Generator) -> None:

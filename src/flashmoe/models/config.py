@@ -117,6 +117,13 @@ class Fields:
             self.refuse("rope_parameters", "must be an object")
         return Fields(value, f"{self._prefix}rope_parameters.")
 
+    def nested(self, key: str) -> Fields | None:
+        """An optional object of the config."""
+        value = self._table.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "must be an object")
+        return None if value is None else Fields(value, f"{self._prefix}{key}.")
+
     def layer_count(self) -> int:
         """num_hidden_layers, within what real models have."""
         return self.integer("num_hidden_layers", most=_MAX_LAYERS)

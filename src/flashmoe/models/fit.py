@@ -31,8 +31,15 @@ def check_fit(bundle: Bundle, family: ModelFamily, config: ModelConfig) -> None:
                 f"{layer.path}: experts, hidden and intermediate size are {found}, config.json wants {sizes}: "
                 "convert the model again"
             )
-    for spec in family.spec(config).resident:
-        _check_tensor(bundle, spec)
+    spec = family.spec(config)
+    for layer, experts in zip(bundle.expert_layers, spec.experts, strict=True):
+        if (layer.ffn.glu, layer.ffn.biased) != (experts.glu, experts.biased):
+            raise BundleError(
+                f"{layer.path}: the experts compute {layer.ffn.glu or 'silu'}, biased {layer.ffn.biased}, config.json "
+                f"wants {experts.glu or 'silu'}, biased {experts.biased}: convert the model again"
+            )
+    for resident in spec.resident:
+        _check_tensor(bundle, resident)
 
 
 def _check_tensor(bundle: Bundle, spec: Spec) -> None:

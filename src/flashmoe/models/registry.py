@@ -49,6 +49,8 @@ FAMILIES = {
     "qwen3_5_moe": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,
     "qwen3_next": ModelFamily("qwen3_next", "qwen3_next"),
+    "gpt_oss": ModelFamily("gpt_oss", "gpt_oss"),
+    "deepseek_v3": ModelFamily("deepseek_v3", "deepseek_v3"),
 }
 
 

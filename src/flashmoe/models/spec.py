@@ -9,21 +9,40 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from flashmoe.bundle.codecs import ClampedGlu
+
 # "sensitive" matrices are a few rows whose error the whole layer feels (router, gates): always 8 bit.
 Role = Literal["plain", "sensitive"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checkpoint's matrix [stored_rows, stored_cols] that lies in another way than the one wanted.
+
+    ``turned``: the columns of each block of so many stored rows are the rows wanted, and the block's first rows their
+    columns (as many as wanted).  ``woven``: of each so many rows, the turned ones if both apply, the even ones are
+    wanted before the odd ones.  0: neither.
+    """
+
+    stored_rows: int
+    stored_cols: int
+    turned: int = 0
+    woven: int = 0
 
 
 @dataclass(frozen=True)
 class MatrixSource:
     """Rows of a checkpoint matrix (canonical module name, leading dimensions flattened).
 
-    ``runs`` are (first row, count) in the order wanted, out of ``rows`` rows of ``cols`` columns.
+    ``runs`` are (first row, count) in the order wanted, out of ``rows`` rows of ``cols`` columns, as they are when
+    ``order`` has been undone.
     """
 
     module: str
     rows: int
     cols: int
     runs: tuple[tuple[int, int], ...]
+    order: Order | None = None
 
     @classmethod
     def whole(cls, module: str, rows: int, cols: int) -> MatrixSource:
@@ -59,12 +78,30 @@ class VectorSpec:
 
 
 @dataclass(frozen=True)
+class BiasSource:
+    """Every ``step``-th value from ``first`` on of one row of a checkpoint's tensor [rows, cols]."""
+
+    tensor: str
+    rows: int
+    cols: int
+    row: int
+    first: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class FfnSource:
-    """The three matrices of one FFN: gate and up [intermediate, hidden], down [hidden, intermediate]."""
+    """The three matrices of one FFN: gate and up [intermediate, hidden], down [hidden, intermediate].
+
+    ``biases`` of gate, up and down: all or none.  ``mark``: the module or tensor whose presence tells that a checkpoint
+    has this form; empty: the gate.
+    """
 
     gate: MatrixSource
     up: MatrixSource
     down: MatrixSource
+    biases: tuple[BiasSource, BiasSource, BiasSource] | None = None
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,13 +116,18 @@ class FfnSpec:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The routed experts of a layer; ``forms`` are the ways a checkpoint may store expert e, in order."""
+    """The routed experts of a layer; ``forms`` are the ways a checkpoint may store expert e, in order.
+
+    ``glu`` joins gate and up (None: silu(gate) * up); ``biased``: every form has biases.
+    """
 
     layer: int
     count: int
     hidden: int
     intermediate: int
     forms: tuple[Callable[[int], FfnSource], ...]
+    glu: ClampedGlu | None = None
+    biased: bool = False
 
 
 Spec = MatrixSpec | VectorSpec | FfnSpec
@@ -98,3 +140,4 @@ class ModelSpec:
     resident: tuple[Spec, ...]
     experts: tuple[ExpertsSpec, ...]
     tied: bool
+    unused: tuple[str, ...] = ()  # beginnings of names of known tensors that it does without

@@ -1,4 +1,4 @@
-"""Grouped-query attention with normalised queries and keys, partial rotary positions and an output gate (Qwen3.5)."""
+"""Grouped-query attention: norms, biases, an output gate, a window and sinks where the model has them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from flashmoe.nn.workspace import Workspace
 
 @dataclass(frozen=True)
 class AttentionShape(MixerShape):
-    """Sizes of one layer.  Query head h reads key/value head h // (heads // kv_heads)."""
+    """Sizes of one layer.  Query head h reads key/value head h // (heads // kv_heads).
+
+    gated: a gate for every output (Qwen3.5).  normed: RMS norms of each query and key head.  biased: which of the
+    projections q, k, v, o have biases.  window: positions that a token sees, itself included, 0 for all.  sinks: every
+    head has one more score, whose value is zero (gpt-oss).
+    """
 
     hidden: int
     heads: int
@@ -27,6 +32,11 @@ class AttentionShape(MixerShape):
     head_dim: int
     eps: float
     rope: Rope
+    gated: bool = True
+    normed: bool = True
+    biased: str = ""
+    window: int = 0
+    sinks: bool = False
 
     prefix: ClassVar[str] = "self_attn."
 
@@ -44,9 +54,14 @@ class AttentionShape(MixerShape):
         """The output projection's input."""
         return self.width
 
-    def build(self, weights: Weights, prefix: str, rotary: RotaryTables, ops: Any) -> GatedAttention:
+    @property
+    def query_width(self) -> int:
+        """Of all query heads together with their gates."""
+        return 2 * self.width if self.gated else self.width
+
+    def build(self, weights: Weights, prefix: str, rotary: RotaryTables, ops: Any) -> Attention:
         """The block."""
-        return GatedAttention(weights, prefix, self, rotary.of(self.rope), ops)
+        return Attention(weights, prefix, self, rotary.of(self.rope), ops)
 
     def new_state(self, context: int, kv_dtype: DTypeLike) -> KeyValueCache:
         """An empty cache or state."""
@@ -77,7 +92,7 @@ class AttentionShape(MixerShape):
     def buffers(self) -> Mapping[str, int]:
         """See MixerShape."""
         return {
-            "q_gate": 2 * self.width,
+            "q_gate": self.query_width,
             "k": self.kv_width,
             "v": self.kv_width,
             "q": self.width,
@@ -93,6 +108,11 @@ class KeyValueCache:
         # Zero pages cost nothing until they are written: memory grows with the conversation.
         self.keys: NDArray[Any] = np.zeros(size, dtype)
         self.values: NDArray[Any] = np.zeros(size, dtype)
+
+    @property
+    def caches(self) -> list[NDArray[Any]]:
+        """The whole arrays, [heads, blocks of positions, block] each."""
+        return [self.keys, self.values]
 
     @property
     def position_nbytes(self) -> int:
@@ -112,33 +132,36 @@ class KeyValueCache:
 CachePart = tuple[KeyValueCache, int, slice]
 
 
-class GatedAttention:
+class Attention:
     """One layer's mixer; a call appends its tokens to the cache."""
 
     def __init__(
         self, weights: Weights, prefix: str, shape: AttentionShape, rotary: RotaryTable, ops: Any
     ) -> None:
-        width, kv_width = shape.width, shape.kv_width
         self._shape, self._rotary, self._ops = shape, rotary, ops
+
+        def projection(name: str, rows: int, cols: int) -> Any:
+            return weights.matrix(f"{prefix}{name}_proj", rows, cols, bias=name in shape.biased)
+
         self._projections = [
-            weights.matrix(prefix + "q_proj", 2 * width, shape.hidden),  # per head: query, then gate
-            weights.matrix(prefix + "k_proj", kv_width, shape.hidden),
-            weights.matrix(prefix + "v_proj", kv_width, shape.hidden),
+            projection("q", shape.query_width, shape.hidden),  # per head: query, then gate
+            projection("k", shape.kv_width, shape.hidden),
+            projection("v", shape.kv_width, shape.hidden),
         ]
-        self._out_proj = [weights.matrix(prefix + "o_proj", shape.hidden, width)]
-        self._q_norm = weights.vector(prefix + "q_norm", shape.head_dim)
-        self._k_norm = weights.vector(prefix + "k_norm", shape.head_dim)
+        self._out_proj = [projection("o", shape.hidden, shape.width)]
+        self._q_norm = weights.vector(prefix + "q_norm", shape.head_dim) if shape.normed else None
+        self._k_norm = weights.vector(prefix + "k_norm", shape.head_dim) if shape.normed else None
+        self._sinks = weights.vector(prefix + "sinks", shape.heads) if shape.sinks else None
 
     def __call__(self, x: F32, parts: Sequence[CachePart], work: Workspace, out: F32) -> None:
         """x, out: [tokens, hidden], of one sequence after the other."""
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
-        width, kv_width = shape.width, shape.kv_width
-        q_gate = work.get("q_gate", (tokens, 2 * width))
-        k = work.get("k", (tokens, kv_width))
-        v = work.get("v", (tokens, kv_width))
+        q_gate = work.get("q_gate", (tokens, shape.query_width))
+        k = work.get("k", (tokens, shape.kv_width))
+        v = work.get("v", (tokens, shape.kv_width))
         ops.linear(x, self._projections, [q_gate, k, v])
         q = work.get("q", (tokens, shape.heads, shape.head_dim))
-        mixed = work.get("mixed", (tokens, width))
+        mixed = work.get("mixed", (tokens, shape.width))
         for cache, position, rows in parts:
             ops.attention_prepare(
                 q_gate[rows],
@@ -154,5 +177,8 @@ class GatedAttention:
                 cache.keys,
                 cache.values,
             )
-            ops.attention(q[rows], cache.keys, cache.values, position, q_gate[rows], mixed[rows])
+            gate = q_gate[rows] if shape.gated else None
+            ops.attention(
+                q[rows], cache.keys, cache.values, position, gate, mixed[rows], shape.window, self._sinks
+            )
         ops.linear(mixed, self._out_proj, [out])

@@ -33,7 +33,7 @@ class Experts(Protocol):
         out: F32,
         foresight: Foresight | None = None,
     ) -> None:
-        """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]).
+        """out[t] = shared_weights[t] * shared(x[t]) + sum over e of weights[t, e] * expert_e(x[t]); shared may be None.
 
         x, out: [tokens, hidden]; chosen, weights: [tokens, k]; shared_weights: [tokens].  The sum runs over the
         shared expert first and then over ascending expert numbers, whatever is in memory, so that the result

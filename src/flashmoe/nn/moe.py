@@ -1,4 +1,4 @@
-"""Sparse mixture of experts with a gated shared expert (Qwen3.5; Shazeer et al., arXiv 1701.06538)."""
+"""Sparse mixture of experts, with a shared expert or without (Shazeer et al., arXiv 1701.06538)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe.nn.blocks import Experts, FfnShape, Foresight
-from flashmoe.nn.weights import F32, Weights
+from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
 
 # Tokens of a step whose experts are computed as they land, and foretold for the next layer: sequences that are decoded
@@ -17,14 +17,31 @@ FEW = 16
 
 
 @dataclass(frozen=True)
+class GroupedRouting:
+    """Sigmoid routing with a correction bias: see route_grouped of kernels/ops.py."""
+
+    groups: int
+    topk_groups: int
+    normalise: bool
+    scale: float
+
+
+@dataclass(frozen=True)
 class MoeShape(FfnShape):
-    """Sizes of one layer."""
+    """Sizes of one layer.
+
+    shared_intermediate 0: no shared expert; shared_gated: its result is weighted by a gate, else by one.
+    router_biased: the router's logits have biases.  grouped: None for the softmax over the chosen.
+    """
 
     hidden: int
     experts: int
     experts_per_token: int
     intermediate: int
     shared_intermediate: int
+    shared_gated: bool = True
+    router_biased: bool = False
+    grouped: GroupedRouting | None = None
 
     def widest(self) -> int:
         """The shared expert's rows between its products."""
@@ -71,11 +88,14 @@ class SparseMoe:
 
     def __init__(self, weights: Weights, prefix: str, layer: int, shape: MoeShape, ops: Any) -> None:
         self._layer, self._shape, self._ops = layer, shape, ops
-        self._gates = [
-            weights.matrix(prefix + "gate", shape.experts, shape.hidden),
-            weights.matrix(prefix + "shared_expert_gate", 1, shape.hidden),
-        ]
-        self._shared = weights.ffn(prefix + "shared_expert", shape.hidden, shape.shared_intermediate)
+        self._gates = [weights.matrix(prefix + "gate", shape.experts, shape.hidden, bias=shape.router_biased)]
+        self._shared, self._correction = None, None
+        if shape.shared_intermediate:
+            self._shared = weights.ffn(prefix + "shared_expert", shape.hidden, shape.shared_intermediate)
+            if shape.shared_gated:
+                self._gates.append(weights.matrix(prefix + "shared_expert_gate", 1, shape.hidden))
+        if shape.grouped is not None:
+            self._correction = weights.vector(prefix + "gate.e_score_correction_bias", shape.experts)
 
     def __call__(
         self, x: F32, experts: Experts, work: Workspace, out: F32, foresight: Foresight | None = None
@@ -84,11 +104,14 @@ class SparseMoe:
         shape, ops, tokens = self._shape, self._ops, x.shape[0]
         logits = work.get("router", (tokens, shape.experts))
         shared_weights = work.get("shared_weights", (tokens,))
-        ops.linear(x, self._gates, [logits, shared_weights], True)
-        ops.sigmoid(shared_weights, shared_weights)
+        ops.linear(x, self._gates, [logits, shared_weights][: len(self._gates)], True)
+        if len(self._gates) == 2:
+            ops.sigmoid(shared_weights, shared_weights)
+        else:
+            shared_weights.fill(1)
         chosen = work.get("chosen", (tokens, shape.experts_per_token), np.int32)
         weights = work.get("weights", (tokens, shape.experts_per_token))
-        ops.route(logits, shape.experts_per_token, chosen, weights)
+        self._route(logits, chosen, weights)
         experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out, foresight)
 
     def foresee(self, x: F32, work: Workspace) -> tuple[int, list[int]]:
@@ -102,8 +125,25 @@ class SparseMoe:
         chosen = work.get("foreseen", (tokens, shape.experts_per_token), np.int32)
         weights = work.get("foreseen_weights", (tokens, shape.experts_per_token))
         ops.linear(x, self._gates[:1], [logits], True)
-        ops.route(logits, shape.experts_per_token, chosen, weights)
+        self._route(logits, chosen, weights)
         return self._layer, list(dict.fromkeys(chosen.T.ravel().tolist()))
+
+    def _route(self, logits: F32, chosen: I32, weights: F32) -> None:
+        k, how = self._shape.experts_per_token, self._shape.grouped
+        if how is None:
+            self._ops.route(logits, k, chosen, weights)
+            return
+        self._ops.route_grouped(
+            logits,
+            self._correction,
+            k,
+            how.groups,
+            how.topk_groups,
+            how.normalise,
+            how.scale,
+            chosen,
+            weights,
+        )
 
 
 class DenseMlp:

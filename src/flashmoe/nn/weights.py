@@ -17,8 +17,8 @@ class Weights(Protocol):
     Each method raises BundleError when the tensor is missing or of another shape or kind.
     """
 
-    def matrix(self, name: str, rows: int, cols: int) -> Any:
-        """A matrix [rows, cols] in the backend's form."""
+    def matrix(self, name: str, rows: int, cols: int, bias: bool = False) -> Any:
+        """A matrix [rows, cols] in the backend's form; bias: with the vector `name`.bias, added to its products."""
 
     def vector(self, name: str, *shape: int) -> F32:
         """A float32 array of exactly `shape`."""
