@@ -103,7 +103,7 @@ def windows_of(llm: LLM, text: str, args: argparse.Namespace) -> tuple[list[Wind
 def read_text(file: Path) -> str:
     """A text in UTF-8; raises PromptError when it is something else."""
     try:
-        return file.read_text("utf-8")
+        return file.read_bytes().decode()  # line ends as they are: they are part of what is scored
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is no UTF-8 text (byte {error.start}): convert it") from error
 
