@@ -76,10 +76,15 @@ def _iq4_nl(blocks: U8) -> AffineRows:
     return AffineRows(_NONLINEAR_CODES[_halves(blocks[:, 2:])], scale, np.float32(-128) * scale)
 
 
-def _mxfp4(blocks: U8) -> AffineRows:
+def mxfp4_entries(blocks: U8) -> AffineRows:
+    """FP4 codes of MXFP4 blocks in place of FP4_CODES."""
     halves = e8m0(blocks[:, :1]) * np.float32(0.5)
-    with np.errstate(over="ignore"):
-        return AffineRows(FP4_CODES[_halves(blocks[:, 1:])], halves, np.float32(-12) * halves)
+    return AffineRows(_halves(blocks[:, 1:]), halves, np.float32(-12) * halves)
+
+
+def _mxfp4(blocks: U8) -> AffineRows:
+    entries = mxfp4_entries(blocks)
+    return entries._replace(codes=FP4_CODES[entries.codes])
 
 
 def _k_scales(blocks: U8) -> tuple[F32, F32]:

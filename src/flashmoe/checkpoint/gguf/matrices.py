@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flashmoe.checkpoint.dtypes import F32
-from flashmoe.checkpoint.gguf.blocks import AFFINE, GROUP, REFITTED
+from flashmoe.checkpoint.float_codes import FP4_CODES
+from flashmoe.checkpoint.gguf.blocks import AFFINE, GROUP, REFITTED, mxfp4_entries
 from flashmoe.checkpoint.gguf.types import BLOCKS
 from flashmoe.checkpoint.matrices import AffineRows, CodedMatrix, Matrix, ScaleType
-from flashmoe.checkpoint.tensors import Run, TensorRef
+from flashmoe.checkpoint.tensors import U8, Run, TensorRef
 from flashmoe.errors import CheckpointError
 
 _SLICE_BLOCKS = 4096  # the package's lookups make copies of 32 times a block
@@ -46,12 +47,24 @@ class BlockMatrix(CodedMatrix):
         """True for K-quants, whose scales are products."""
         return AFFINE[self.weight.entry.dtype].rounded
 
+    @property
+    def table(self) -> tuple[int, ...] | None:
+        """FP4's values for MXFP4."""
+        return tuple(FP4_CODES.tolist()) if self.weight.entry.dtype == "MXFP4" else None
+
+    def read_entries(self, runs: Sequence[Run]) -> AffineRows:
+        """As read, with FP4 codes."""
+        return self._read(runs, mxfp4_entries)
+
     def read(self, runs: Sequence[Run]) -> AffineRows:
         """Codes, scales and biases of the rows of ``runs``; raises CheckpointError on NaN or infinity."""
+        return self._read(runs, AFFINE[self.weight.entry.dtype].codes)
+
+    def _read(self, runs: Sequence[Run], decode: Callable[[U8], AffineRows]) -> AffineRows:
         nbytes = BLOCKS[self.weight.entry.dtype][1]
         raw = self.weight.read_rows(runs)
         with np.errstate(invalid="ignore", over="ignore"):
-            codes, scales, biases = AFFINE[self.weight.entry.dtype].codes(raw.reshape(-1, nbytes))
+            codes, scales, biases = decode(raw.reshape(-1, nbytes))
         self.weight.finite(scales)
         self.weight.finite(biases)
         return AffineRows(
