@@ -210,29 +210,32 @@ def router_gap(model: Any, ids: list[int]) -> float:
     """Smallest distance to another choice of any router: of logits, or of what its groups and experts are ranked by."""
     gaps: list[float] = []
 
+    def border(sorted_values: Any, k: int) -> None:
+        if k < sorted_values.shape[1]:  # else all are chosen
+            gaps.append(float((sorted_values[:, k - 1] - sorted_values[:, k]).min()))
+
     def look(module: Any, _inputs: Any, output: Any) -> None:
         logits = output[0].double()
         if not hasattr(module, "e_score_correction_bias"):
             best = logits.sort(-1, descending=True).values
-            gaps.append(float((best[:, module.top_k - 1] - best[:, module.top_k]).min()))
+            border(best, module.top_k)
             return
         ranked = logits.sigmoid() + module.e_score_correction_bias
         groups = (
             ranked.view(len(ranked), module.num_group, -1).topk(2).values.sum(-1).sort(-1, descending=True)
         )
         k = module.topk_group
-        gaps.append(float((groups.values[:, k - 1] - groups.values[:, k]).min()))
+        border(groups.values, k)
         kept = torch.zeros_like(groups.values).scatter_(1, groups.indices[:, :k], 1).bool()
         inside = ranked.masked_fill(~kept.repeat_interleave(ranked.shape[1] // kept.shape[1], 1), -torch.inf)
-        best = inside.sort(-1, descending=True).values
-        gaps.append(float((best[:, module.top_k - 1] - best[:, module.top_k]).min()))
+        border(inside.sort(-1, descending=True).values, module.top_k)
 
     hooks = [m.register_forward_hook(look) for m in model.modules() if type(m).__name__.endswith("Router")]
     assert hooks
     run_logits(model, ids)
     for hook in hooks:
         hook.remove()
-    return min(gaps)
+    return min(gaps, default=float("inf"))
 
 
 @dataclass(frozen=True)
