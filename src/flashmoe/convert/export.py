@@ -29,6 +29,9 @@ from flashmoe.models.registry import find_family
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Families whose exports were loaded by transformers (tests/oracle/test_export.py); others may store what their name map
+# turns round (transposed or absorbed matrices, biases), and a wrong checkpoint is worse than none.
+EXPORTED = ("qwen3_5_moe", "qwen3_next")
 SHARD_NBYTES = 5 * 10**9
 
 
@@ -66,6 +69,10 @@ def export(
         raise ConfigError(f"--dtype {dtype} is not offered: choose {', '.join(DTYPES)}")
     source, dst = Bundle.open(bundle), Path(dst)
     family = find_family(source.config)
+    if family.model_type not in EXPORTED:
+        raise ConfigError(
+            f"{source.path} is a {family.model_type} model: export knows {', '.join(EXPORTED)} so far"
+        )
     check_fit(source, family, family.config(source.config))
     journal = open_output(dst)
     try:

@@ -23,7 +23,7 @@ READ_ON_SHARE = 0.75
 _MAX_BATCH = 64  # experts of one call; more would only lengthen the wait for the first
 
 
-class _Pairs:
+class Pairs:
     """The (token, expert) pairs of a call, by ascending expert and then token.
 
     tokens int32, weights [pairs]; experts: the distinct ones; expert i owns the pairs bounds[i] to bounds[i + 1].
@@ -107,7 +107,7 @@ class StreamedExperts:
             block = (self._inputs[shared.group], shared.layout, shared.address)
         else:
             shared_weights = shared_weights[:0]
-        pairs = _Pairs(chosen, weights)
+        pairs = Pairs(chosen, weights)
         # A request holds all its experts at once; a pool that it would fill serves a prompt's stream better.
         if len(x) == 1 or (len(x) <= FEW and 2 * len(pairs.experts) <= self._slots):
             self._few_tokens(layer, layout, group, pairs, block, shared_weights, out, foresight)
@@ -119,7 +119,7 @@ class StreamedExperts:
         layer: int,
         layout: Any,
         group: int,
-        pairs: _Pairs,
+        pairs: Pairs,
         block: tuple[Any, Any, int] | None,
         shared_weights: F32,
         out: F32,
@@ -155,7 +155,7 @@ class StreamedExperts:
         self,
         layout: Any,
         group: int,
-        pairs: _Pairs,
+        pairs: Pairs,
         ready: list[tuple[int, int]],
         shared: I32,
         block: Any,
@@ -191,7 +191,7 @@ class StreamedExperts:
         layer: int,
         layout: Any,
         group: int,
-        pairs: _Pairs,
+        pairs: Pairs,
         block: tuple[Any, Any, int] | None,
         shared_weights: F32,
         out: F32,

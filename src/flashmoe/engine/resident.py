@@ -51,6 +51,7 @@ class ResidentWeights:
         verify: also when a tensor is not what its checksum says.
         """
         self._bundle, self._ops = bundle, ops
+        self.handles: dict[int, str] = {}  # id() of a matrix, or a record's address -> name
         self._first, end = resident_range(bundle, embedding)
         self._buffer = AlignedBuffer(-(-(end - self._first) // _ALIGN) * _ALIGN, True)
         self._bytes: U8 = self._buffer.array()
@@ -71,7 +72,9 @@ class ResidentWeights:
                 f"{self._bundle.path}: {name} is a feed-forward record, not a matrix: convert again"
             )
         added = self.vector(f"{name}.bias", rows) if bias else None
-        return self._ops.weight(self._raw(info), info.codec, rows, cols, added)
+        handle = self._ops.weight(self._raw(info), info.codec, rows, cols, added)
+        self.handles[id(handle)] = name
+        return handle
 
     def vector(self, name: str, *shape: int) -> NDArray[np.float32]:
         """A float32 array of `shape`; raises BundleError when the bundle has another one."""
@@ -91,7 +94,9 @@ class ResidentWeights:
             raise BundleError(
                 f"{self._bundle.path}: {name} is no {hidden} x {intermediate} record: convert again"
             )
-        return self._ops.ffn_weights(self._raw(info), layout)
+        record = self._ops.ffn_weights(self._raw(info), layout)
+        self.handles[record.address] = name
+        return record
 
     def _verify(self, end: int) -> None:
         for name, record in self._bundle.manifest.tensors.items():
