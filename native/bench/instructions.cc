@@ -119,7 +119,7 @@ struct Bench {
     const std::vector<float> logits = values(256);
     int32_t chosen[8];
     float weights[8];
-    for (int i = 0; i < times; ++i) floats.route(logits.data(), 1, 256, 8, chosen, weights);
+    for (int i = 0; i < times; ++i) floats.route(logits.data(), 1, 256, 8, true, chosen, weights);
   }
 
   static void sample(const SamplingSettings& settings, int times) {

@@ -202,7 +202,8 @@ void mla_attention(FloatOps& ops, const Floats& q, const Cache& cache, int64_t p
   ops.mla_attention(shape, q.data(), view, position, scale, out.data());
 }
 
-void route(FloatOps& ops, const Floats& logits, int64_t k, const Ints& chosen, const Floats& weights) {
+void route(FloatOps& ops, const Floats& logits, int64_t k, const Ints& chosen, const Floats& weights,
+           bool renormalise) {
   require(logits.ndim() == 2 && k >= 1 && k <= dim(logits, 1), "logits [tokens, experts], 1 <= k <= experts");
   const int64_t pairs = dim(logits, 0) * k;
   require(static_cast<int64_t>(chosen.size()) == pairs && size(weights) == pairs,
@@ -210,7 +211,8 @@ void route(FloatOps& ops, const Floats& logits, int64_t k, const Ints& chosen, c
   bool valid;
   {
     nb::gil_scoped_release release;
-    valid = ops.route(logits.data(), dim(logits, 0), dim(logits, 1), k, chosen.data(), weights.data());
+    valid = ops.route(logits.data(), dim(logits, 0), dim(logits, 1), k, renormalise, chosen.data(),
+                      weights.data());
   }
   if (!valid) throw std::runtime_error("the router computed a value that is not a number");
 }
@@ -259,7 +261,7 @@ void bind_float(nb::module_& m) {
       .def("mla_prepare", &mla_prepare, "q"_array, "latents"_array, "norm"_array, "eps"_a, "cos"_array,
            "sin"_array, "interleaved"_a, "position"_a, "q_out"_array, "cache"_array)
       .def("mla_attention", &mla_attention, "q"_array, "cache"_array, "position"_a, "scale"_a, "out"_array)
-      .def("route", &route, "logits"_array, "k"_a, "chosen"_array, "weights"_array)
+      .def("route", &route, "logits"_array, "k"_a, "chosen"_array, "weights"_array, "renormalise"_a = true)
       .def("route_grouped", &route_grouped, "logits"_array, "bias"_array, "k"_a, "groups"_a, "topk_groups"_a,
            "normalise"_a, "scale"_a, "chosen"_array, "weights"_array)
       .def_prop_ro("scratch_nbytes", &FloatOps::scratch_nbytes);

@@ -210,7 +210,7 @@ void routing(Run& run, int64_t tokens, int64_t experts, int64_t k) {
   run.section = "routing";
   const auto logits = run.random(tokens * experts), weights = run.empty<float>(tokens * k);
   const auto chosen = run.empty<int32_t>(tokens * k);
-  CHECK(run.floats.route(logits.data(), tokens, experts, k, chosen.data(), weights.data()));
+  CHECK(run.floats.route(logits.data(), tokens, experts, k, true, chosen.data(), weights.data()));
   run.keep(chosen);
   run.keep(weights);
   const auto bias = run.random(experts);

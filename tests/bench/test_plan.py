@@ -182,7 +182,7 @@ def test_refusals_come_before_measurements(
 ) -> None:
     monkeypatch.setattr("flashmoe.bench.plan.measure_machine", lambda *_: pytest.fail("measured"))
     other = tmp_path / "config.json"
-    other.write_text(json.dumps({"model_type": "mixtral", "hidden_size": 64}))
+    other.write_text(json.dumps({"model_type": "gpt2", "hidden_size": 64}))
     assert "qwen3_5_moe" in refused(other)
     assert "qwen3_next" in refused(other)
     assert "the model has" in refused(CONFIG, "--experts-per-token", "1000")

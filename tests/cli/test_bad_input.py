@@ -124,8 +124,8 @@ BROKEN: list[tuple[str, Change, str]] = [
 UNFIT: list[tuple[str, Change, str]] = [
     (
         "unknown model",
-        config_with(model_type="llama"),
-        r"config\.json: model_type 'llama' is not supported: use",
+        config_with(model_type="gpt2"),
+        r"config\.json: model_type 'gpt2' is not supported: use",
     ),
     ("another model", manifest_with(model_type="qwen3_next"), r"manifest\.json: model_type is 'qwen3_next'"),
     ("experts of a layer missing", without_layer(7), r"manifest\.json does not list the experts of exactly"),

@@ -64,19 +64,12 @@ def float64_arithmetic() -> Iterator[None]:
         torch.float32, torch.float, torch.Tensor.float = kept  # type: ignore[assignment]
 
 
-def float64_logits(spec: TinySpec, weights: Weights, ids: list[int]) -> NDArray[np.float64]:
-    """The same model in float64 arithmetic."""
-    model = build_model(spec, weights).double()
-    with float64_arithmetic():
-        return run_logits(model, ids)
-
-
 def smallest_router_gap(model: Any, ids: list[int], top_k: int) -> float:
     """Smallest gap of router logits at the top-k border, over layers and tokens; inf if all are chosen."""
     with torch.no_grad():
         out = model(torch.tensor(ids)[None], use_cache=False, output_router_logits=True)
     gaps = [np.inf]
-    for logits in out.router_logits:
+    for logits in getattr(out, "router_logits", None) or ():
         if logits.shape[-1] > top_k:
             best = logits.double().sort(-1, descending=True).values
             gaps.append(float((best[:, top_k - 1] - best[:, top_k]).min()))
@@ -96,11 +89,19 @@ def greedy_continuation(model: Any, ids: list[int], count: int) -> tuple[list[in
 
 def make_reference(spec: TinySpec, weights: Weights, prompt: int, new: int) -> Reference:
     """Reference for `prompt` random ids and `new` greedy ones."""
-    ids = [int(i) for i in np.random.default_rng(spec.seed + 7).integers(0, spec.vocab, prompt)]
-    model = build_model(spec, weights)
+    model, exact = build_model(spec, weights), build_model(spec, weights).double()
+    return reference_of(model, exact, spec.seed, (prompt, new))
+
+
+def reference_of(model: Any, exact: Any, seed: int, lengths: tuple[int, int]) -> Reference:
+    """Reference of a float32 model beside the same one in float64, for (random, greedy) so many ids."""
+    prompt, new = lengths
+    config = model.config
+    ids = [int(i) for i in np.random.default_rng(seed + 7).integers(0, config.vocab_size, prompt)]
     logits = run_logits(model, ids).astype(np.float32)
     greedy, greedy_gap = greedy_continuation(model, ids, new)
-    truth = float64_logits(spec, weights, ids)
+    with float64_arithmetic():
+        truth = run_logits(exact, ids)
     assert truth.dtype == np.float64
-    gap = smallest_router_gap(model, ids + greedy, spec.top_k)
+    gap = smallest_router_gap(model, ids + greedy, getattr(config, "num_experts_per_tok", 0))
     return Reference(ids, logits, greedy, float(np.abs(truth - logits).max()), gap, greedy_gap)

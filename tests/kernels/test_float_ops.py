@@ -131,6 +131,23 @@ def test_route(tokens: int, experts: int, k: int, agrees: Check, rng: np.random.
     assert (np.diff(weights, axis=1) <= 0).all()
 
 
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (8, 8), (33, 5), (512, 10)])
+def test_route_over_all_experts(experts: int, k: int, agrees: Check, rng: np.random.Generator) -> None:
+    logits = (3 * rng.normal(size=(5, experts))).astype(F)
+    logits[0] = rng.uniform(-80, 80, size=experts)
+
+    def run(ops: Ops) -> list[np.ndarray]:
+        chosen, weights = np.full((5, k), -1, np.int32), np.full((5, k), np.nan, F)
+        ops.route(logits, k, chosen, weights, False)
+        return [weights, chosen]
+
+    weights, chosen = agrees("route", run)
+    np.testing.assert_array_equal(chosen, np.argsort(-logits, axis=1, kind="stable")[:, :k])
+    assert (weights.sum(1) <= 1 + 1e-6).all()
+    if k == experts:
+        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_route_gives_ties_to_the_lower_expert(k: int, agrees: Check, rng: np.random.Generator) -> None:
     logits = rng.integers(-2, 2, size=(50, 20)).astype(F)  # four values for twenty experts

@@ -207,7 +207,7 @@ def test_families_are_found_at_both_levels() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [{}, {"model_type": "llama"}, {"model_type": ["qwen3_next"]}, {"text_config": 3}]
+    "raw", [{}, {"model_type": "gpt2"}, {"model_type": ["qwen3_next"]}, {"text_config": 3}]
 )
 def test_unknown_families_are_refused(raw: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not supported"):

@@ -69,8 +69,8 @@ class FloatOps {
   void mla_attention(const LatentShape& shape, const float* q, const CacheView& cache, int64_t position,
                      float scale, float* out);
   // Returns false when a logit is not a number.
-  bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
-             float* weights);
+  bool route(const float* logits, int64_t tokens, int64_t experts, int64_t k, bool renormalise,
+             int32_t* chosen, float* weights);
   bool route_grouped(const GroupedRouting& routing, const float* logits, const float* bias, int64_t tokens,
                      int32_t* chosen, float* weights);
 

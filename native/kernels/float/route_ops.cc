@@ -68,15 +68,18 @@ void keep_groups(const GroupedRouting& routing, Scratch& scratch) {
 
 }  // namespace
 
-bool FloatOps::route(const float* logits, int64_t tokens, int64_t experts, int64_t k, int32_t* chosen,
-                     float* weights) {
+bool FloatOps::route(const float* logits, int64_t tokens, int64_t experts, int64_t k, bool renormalise,
+                     int32_t* chosen, float* weights) {
   std::atomic<bool> valid{true};
   pool_.parallel_for(tokens, [&](int64_t t) {
     const float* row = logits + t * experts;
     if (any_nan(row, experts)) valid.store(false, std::memory_order_relaxed);
     pick_largest(row, experts, k, chosen + t * k, weights + t * k);
     // Softmax over all experts, renormalised over the chosen, is the softmax over the chosen.
-    kernels_.softmax(weights + t * k, k);
+    if (renormalise) return kernels_.softmax(weights + t * k, k);
+    std::vector<float> all(row, row + experts);
+    kernels_.softmax(all.data(), experts);
+    for (int64_t i = t * k; i < (t + 1) * k; ++i) weights[i] = all[static_cast<size_t>(chosen[i])];
   });
   return valid.load(std::memory_order_relaxed);
 }

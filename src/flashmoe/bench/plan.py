@@ -46,9 +46,10 @@ def model_work(
         for part in ("dense", "shared", "head", "expert")
     }
     return ModelWork(
+        layers=facts["layers"],
         expert_layers=facts["expert_layers"],
-        experts=facts["experts"],
-        per_token=experts_per_token,
+        experts=facts["experts"] if facts["expert_layers"] else 0,
+        per_token=experts_per_token if facts["expert_layers"] else 0,
         record_nbytes=facts["record_nbytes"],
         dense=parts["dense"].plus(Work(states, 0, recurrence)),
         shared=parts["shared"],

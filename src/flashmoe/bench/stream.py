@@ -73,7 +73,9 @@ def measure(options: StreamOptions) -> dict[str, Any]:
             "memory_bytes": plan.budget_nbytes,
             "slots": plan.slots,
             "experts": plan.experts,
-            "drive_probe": engine._parts.drive_bandwidth,
+            "drive_probe": engine._parts.drive_bandwidth
+            if plan.experts
+            else None,  # nothing to read: infinite
             "decode": _decode(bench, ids[options.warm : options.warm + options.tokens], digest),
         }
         if options.prompt:

@@ -105,6 +105,8 @@ def _not_there(folder: Path, directory: Path, stripe: int, stripes: int) -> str:
 
 def check_count(stripes: int, experts: int) -> None:
     """Raise BundleError when there are more directories than experts, or than we allow."""
+    if stripes and not experts:
+        raise BundleError("the model has no experts to spread over directories: leave --experts-dir out")
     if stripes > min(experts, MOST_STRIPES):
         raise BundleError(
             f"{stripes} directories are too many for {experts} experts a layer:"

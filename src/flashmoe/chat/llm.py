@@ -6,6 +6,7 @@ stop strings.  What a caller may rely on is LLM, Chunk and Completion.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from flashmoe.engine.memory import MemoryPlan
 from flashmoe.engine.params import SamplingParams
 from flashmoe.engine.tokenizer import TextTokenizer
 from flashmoe.errors import ConfigError
+from flashmoe.models.registry import find_family
 from flashmoe.store.stats import CacheStats
 
 _SAMPLING_KEYS = (
@@ -122,10 +124,11 @@ class LLM:
         """How the memory budget is split."""
         return self._engine.plan
 
-    @property
+    @functools.cached_property
     def native_experts_per_token(self) -> int:
-        """Routed experts per token and layer that the model was trained with."""
-        return int(self.bundle.text_config["num_experts_per_tok"])
+        """Routed experts per token and layer that the model was trained with; 0 for a dense model."""
+        raw = self.bundle.config
+        return find_family(raw).config(raw).num_experts_per_tok
 
     @property
     def lossy(self) -> bool:

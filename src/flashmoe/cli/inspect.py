@@ -136,6 +136,8 @@ def _describe(path: Path, facts: dict[str, Any]) -> str:
 
 
 def _experts(facts: dict[str, Any]) -> str:
+    if not facts["experts"]:
+        return "none: a dense model, all of it always in memory"
     return (
         f"{facts['experts']} in each of {facts['expert_layers']} layers, "
         f"{facts['experts_per_token']} per token; "

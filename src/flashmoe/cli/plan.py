@@ -90,7 +90,7 @@ def execute(args: argparse.Namespace) -> int:
 def _experts_per_token(args: argparse.Namespace, facts: dict[str, Any]) -> int:
     wanted = args.experts_per_token or facts["experts_per_token"]
     if wanted > facts["experts"]:
-        raise ConfigError(f"--experts-per-token {wanted}: the model has {facts['experts']} experts")
+        raise ConfigError(f"--experts-per-token {wanted}: the model has {facts['experts'] or 'no'} experts")
     return int(wanted)
 
 
@@ -139,7 +139,8 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> str:
             row += _speed(one)
         speeds.append(row)
     lines += ["", *_table(split), "", *_table(speeds)]
-    lines += ["", "low: a router that chooses evenly; high: one as uneven as OLMoE's (docs/plan.md)"]
+    if report["model"]["experts"]:
+        lines += ["", "low: a router that chooses evenly; high: one as uneven as OLMoE's (docs/plan.md)"]
     return "\n".join(lines + report["refused"])
 
 
@@ -148,15 +149,20 @@ def _headline(args: argparse.Namespace, report: dict[str, Any]) -> list[str]:
     drive, given = machine["drive"], machine["given"]
     curve = ", ".join(f"{p['reads']}: {p['bytes_per_second'] / 1e9:.2f}" for p in drive["reads_together"])
     per_token = f"{model['experts_per_token']} of {model['experts']} experts per token"
+    if not model["experts"]:
+        per_token = "no experts"
     if model["experts_per_token"] != report["native_experts_per_token"]:
         per_token += f" (lossy: the model's own number is {report['native_experts_per_token']})"
     rows = [
         (model["kind"], str(args.path)),
         ("model", f"{model['model_type']}, {model['layers']} layers, {per_token}"),
-        ("experts", f"{format_size(model['expert_nbytes'])}, {format_size(model['record_nbytes'])} each"),
-        ("drive", f"{drive['bytes_per_second'] / 1e9:.2f} GB/s: {drive['source']}"),
     ]
-    if "drive" not in given and curve:
+    if model["experts"]:
+        rows += [
+            ("experts", f"{format_size(model['expert_nbytes'])}, {format_size(model['record_nbytes'])} each"),
+            ("drive", f"{drive['bytes_per_second'] / 1e9:.2f} GB/s: {drive['source']}"),
+        ]
+    if "drive" not in given and curve and model["experts"]:
         fill = drive["fill_bytes_per_second"] / 1e9
         rows.append(("reads together", f"{curve} GB/s; into fresh memory {fill:.2f} GB/s"))
     rows += [
@@ -177,7 +183,7 @@ def _given(name: str, given: list[str]) -> str:
 def _split(plan: dict[str, Any]) -> list[str]:
     share = plan["slots"] / plan["experts"] if plan["experts"] else 1.0
     sizes = [plan[f"{part}_nbytes"] for part in ("process", "resident", "state", "workspace")]
-    slots = f"{plan['slots']} of {plan['experts']} ({share:.0%})"
+    slots = f"{plan['slots']} of {plan['experts']} ({share:.0%})" if plan["experts"] else "none"
     return [format_size(plan["budget_nbytes"]), *map(format_size, sizes), slots]
 
 

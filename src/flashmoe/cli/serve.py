@@ -143,7 +143,8 @@ def _announcement(service: Service, address: tuple[str, int]) -> str:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     plan = service.llm.plan
     why = plan.budget_reason and f" (auto: {plan.budget_reason})"
+    experts = f"{plan.slots} of {plan.experts} experts" if plan.experts else "no experts"
     return (
         f"flashmoe: {service.name} at http://{host}:{address[1]}/v1, {plan.sequences} answers at a time of up to "
-        f"{plan.context} tokens, {plan.slots} of {plan.experts} experts within {format_size(plan.budget_nbytes)}{why}"
+        f"{plan.context} tokens, {experts} within {format_size(plan.budget_nbytes)}{why}"
     )

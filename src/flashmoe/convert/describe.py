@@ -95,7 +95,7 @@ def _describe_config(path: Path, bits: Bits) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON object: give the config.json of a model")
     outline = make_outline(config, bits)
     tensors = [(slot.name, slot.codec, slot.shape) for slot in outline.resident]
-    layouts = [outline.ffn] * len(outline.expert_layers)
+    layouts = [] if outline.ffn is None else [outline.ffn] * len(outline.expert_layers)
     return {
         "kind": "config",
         **_model_facts(config),

@@ -24,13 +24,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Outline:
-    """All resident tensors in file order, and the layers with ``expert_count`` experts of layout ``ffn``."""
+    """All resident tensors in file order, and the layers with ``expert_count`` experts of layout ``ffn``.
+
+    ``ffn`` is None when no layer has experts.
+    """
 
     tied: bool
     resident: Sequence[Slot]
     expert_layers: Sequence[int]
     expert_count: int
-    ffn: FfnLayout
+    ffn: FfnLayout | None
 
 
 def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
@@ -40,9 +43,10 @@ def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
     spec = family.spec(config)
     try:
         resident = tuple(_slot(item, bits, spec.tied) for item in spec.resident)
-        experts = bits.matrix_bits("experts", "")
-        ffn = _layout(config.hidden_size, config.moe_intermediate_size, experts)
+        ffn = None
         if spec.experts:
+            experts = bits.matrix_bits("experts", "")
+            ffn = _layout(config.hidden_size, config.moe_intermediate_size, experts)
             ffn = replace(ffn, glu=spec.experts[0].glu, biased=spec.experts[0].biased)
     except BundleError as error:
         raise ConfigError(f"config.json: {error}: flashmoe cannot tile this model") from error

@@ -95,13 +95,14 @@ class _Synthesis:
         self._outline: Outline = make_outline(raw, parse_bits(options["bits"]))
         self._pools: dict[tuple[TileCodec, float], TilePool] = {}
         # Far larger than a record, so that the records of a layer differ; small for tiny models.
-        self._pool_nbytes = min(_POOL_NBYTES, max(1 << 20, 64 * self._outline.ffn.record_nbytes))
+        record = self._outline.ffn.record_nbytes if self._outline.ffn else 0
+        self._pool_nbytes = min(_POOL_NBYTES, max(1 << 20, 64 * record))
 
     def run(self, source: str, progress: Progress | None) -> SynthReport:
         outline = self._outline
         self._stripes.link(self._config.num_experts)
         resident = resident_unit(outline.resident, outline.tied, self._slot_bytes)
-        layers = [self._layer_unit(layer, outline.ffn) for layer in outline.expert_layers]
+        layers = [] if outline.ffn is None else self._layer_units(outline.expert_layers, outline.ffn)
         units = [resident, *(unit for parts in layers for unit in parts)]
         writer = UnitWriter(self._dst, self._journal, units, progress)
         writer.check_space(lambda left, _: sum(left.values()), "free some, or ask for fewer --layers")
@@ -146,6 +147,9 @@ class _Synthesis:
             loud = min(row_tiles, BYTE_IDS // TILE_ROWS)
             yield from self._pool(codec, fan_in / 256).tiles(loud * groups, self._where(name))
         yield from self._pool(codec, fan_in).tiles((row_tiles - loud) * groups, self._where(name))
+
+    def _layer_units(self, layers: Sequence[int], layout: FfnLayout) -> list[list[Unit]]:
+        return [self._layer_unit(layer, layout) for layer in layers]
 
     def _layer_unit(self, layer: int, layout: FfnLayout) -> list[Unit]:
         def record(expert: int) -> U8:
@@ -201,6 +205,7 @@ class _Synthesis:
             experts=[
                 layer_record(layer, outline.ffn, pieces, len(self._stripes.links))
                 for layer in outline.expert_layers
+                if outline.ffn is not None
             ],
             files=self._write_text_files(),
             stripes=tuple(self._stripes.links),

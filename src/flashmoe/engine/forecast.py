@@ -93,7 +93,10 @@ class Work:
 @dataclass(frozen=True)
 class ModelWork:
     """One token's work: `dense` over all layers (mixers, routers, states), `shared` experts likewise, one routed
-    `expert`, the output `head`, and what each `position` before the token adds."""
+    `expert`, the output `head`, and what each `position` before the token adds.
+
+    layers: all of them, for the time that Python takes; those with experts where not said.
+    """
 
     expert_layers: int
     experts: int  # of a layer
@@ -104,6 +107,12 @@ class ModelWork:
     expert: Work
     head: Work
     position: Work
+    layers: int = 0
+
+    @property
+    def python_seconds(self) -> float:
+        """What Python takes for a pass through all layers."""
+        return LAYER_SECONDS * max(self.layers, self.expert_layers, 1)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,8 @@ def popularity(experts: int, per_token: int, skew: float) -> F64:
     0 is uniform.  The same law as `flashmoe synth --router-skew`.
     """
     ranks = np.arange(1, experts + 1, dtype=np.float64) ** -skew
+    if not experts:
+        return ranks
     low, high = 0.0, per_token * experts / ranks.sum() * experts**skew
     for _ in range(100):
         middle = (low + high) / 2
@@ -175,7 +186,7 @@ def decode(machine: Machine, model: ModelWork, slots: int, skew: float, position
     hits = hit_rate(picks, slots / layers)
     dense = model.dense.plus(model.position, position)
     steps = dense.plus(model.shared).plus(model.expert, layers * model.per_token)
-    before = dense.seconds(machine) / layers + LAYER_SECONDS
+    before = (dense.seconds(machine) + model.python_seconds) / layers
     seconds = model.head.seconds(machine)
     reads_seconds = 0.0
     ahead = AHEAD if reads_ahead(slots, model.per_token) else 0
@@ -218,7 +229,7 @@ def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens:
         drive /= DRIVE_SHARE
         dense = _dense_of(model, begin, count)
         experts = _experts_of(model, needed, count)
-        mixers = dense.seconds(machine) + model.expert_layers * LAYER_SECONDS
+        mixers = dense.seconds(machine) + model.python_seconds
         idle = mixers
         if needed >= READ_ON_SHARE * everything:
             idle = max(0.0, mixers - model.expert_layers * staging)

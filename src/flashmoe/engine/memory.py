@@ -83,7 +83,13 @@ class MemoryPlan:
                 f"{self.context} tokens, KV cache {self.kv_cache}",
             ),
             ("workspace", self.workspace_nbytes, f"prefill in chunks of {self.prefill_chunk} tokens"),
-            ("expert slots", self.slots_nbytes, f"{self.slots} of {self.experts} experts ({share:.0%})"),
+            (
+                "expert slots",
+                self.slots_nbytes,
+                f"{self.slots} of {self.experts} experts ({share:.0%})"
+                if self.experts
+                else "the model has no experts",
+            ),
         ]
         return "\n".join(f"{name:<17} {format_size(size):>11}  {note}".rstrip() for name, size, note in rows)
 

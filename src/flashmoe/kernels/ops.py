@@ -185,7 +185,7 @@ class FloatOps(Protocol):
         """out = 1 / (1 + exp(-x)), any shape; out may be x."""
 
     def rms_norm(self, x: F32, w: F32, eps: float, out: F32) -> None:
-        """out = x / sqrt(mean(x^2) + eps) * w per row; x, out [T, H], w [H] (arXiv 1910.07467)."""
+        """out = x / sqrt(mean(x^2) + eps) * w per row; x, out [T, H], w [H]; out may be x (arXiv 1910.07467)."""
 
     def add_rms_norm(self, x: F32, delta: F32, w: F32, eps: float, out: F32) -> None:
         """x += delta in place, then rms_norm(x): the residual and the next block's norm in one pass."""
@@ -287,8 +287,8 @@ class FloatOps(Protocol):
         does not change a bit.
         """
 
-    def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
-        """The k experts of largest logit, and their softmax renormalised over them.
+    def route(self, logits: F32, k: int, chosen: I32, weights: F32, renormalise: bool = True) -> None:
+        """The k experts of largest logit, and their softmax: over them alone or, without renormalise, over all experts.
 
         logits [T, E]; chosen int32, weights [T, k].  Sorted by falling weight; of equal logits the lower expert number
         comes first.  Raises RuntimeError when a logit is not a number.

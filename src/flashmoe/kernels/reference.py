@@ -257,14 +257,14 @@ class ReferenceOps:
             visible = keys[: position + t + 1]
             out[t] = _softmax(q[t] @ visible.T * scale) @ visible[:, : out.shape[2]]
 
-    def route(self, logits: F32, k: int, chosen: I32, weights: F32) -> None:
+    def route(self, logits: F32, k: int, chosen: I32, weights: F32, renormalise: bool = True) -> None:
         """See Ops."""
         if np.isnan(logits).any():
             raise RuntimeError("the router computed a value that is not a number")
         order = np.argsort(-logits, axis=-1, kind="stable")[:, :k]  # stable: the lower number of equals first
         chosen.reshape(order.shape)[...] = order
         best = np.take_along_axis(_softmax(logits.astype(np.float64)), order, axis=-1)
-        weights.reshape(order.shape)[...] = best / best.sum(-1, keepdims=True)
+        weights.reshape(order.shape)[...] = best / best.sum(-1, keepdims=True) if renormalise else best
 
     def route_grouped(
         self,

@@ -124,6 +124,10 @@ class Fields:
             self.refuse(key, "must be an object")
         return None if value is None else Fields(value, f"{self._prefix}{key}.")
 
+    def first_key(self, *keys: str) -> str:
+        """The first of several spellings that the file has; the first one when it has none."""
+        return next((key for key in keys if self._table.get(key) is not None), keys[0])
+
     def layer_count(self) -> int:
         """num_hidden_layers, within what real models have."""
         return self.integer("num_hidden_layers", most=_MAX_LAYERS)

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from flashmoe.models.architecture import Layer
 from flashmoe.models.config import MAX_HEAD, Fields, ModelConfig, common_values
-from flashmoe.models.names import assemble, ffn, norm, routed_experts, sensitive, whole
-from flashmoe.models.spec import MatrixSource, MatrixSpec, ModelSpec, Order, Spec, VectorSpec
-from flashmoe.models.yarn_config import rope_of, score_factor
+from flashmoe.models.names import assemble, ffn, norm, routed_experts, whole
+from flashmoe.models.rope import rope_of, score_factor
+from flashmoe.models.routing import first_dense_layers, grouped_mlp, grouped_routing
+from flashmoe.models.spec import MatrixSource, MatrixSpec, ModelSpec, Order, Spec
 from flashmoe.nn.latent_attention import LatentAttentionShape
 from flashmoe.nn.moe import DenseShape, GroupedRouting, MoeShape
 from flashmoe.nn.rotary import Rope
@@ -56,7 +57,7 @@ class Config(ModelConfig):
             num_experts=experts,
             num_experts_per_tok=fields.integer("num_experts_per_tok", most=experts),
             moe_intermediate_size=size,
-            dense_layers=frozenset(range(_dense_layers(fields, common["num_hidden_layers"]))),
+            dense_layers=first_dense_layers(fields),
             num_attention_heads=fields.integer("num_attention_heads"),
             q_lora_rank=0 if fields.get("q_lora_rank") is None else fields.integer("q_lora_rank"),
             kv_lora_rank=fields.integer("kv_lora_rank", most=_WIDEST_LATENT),
@@ -64,7 +65,7 @@ class Config(ModelConfig):
             v_head_dim=fields.integer("v_head_dim", most=MAX_HEAD),
             intermediate_size=fields.integer("intermediate_size"),
             shared_intermediate_size=size * fields.integer("n_shared_experts", most=64),
-            routing=_routing(fields, experts),
+            routing=grouped_routing(fields, experts),
             rope=rope_of(fields, rotated, _DEFAULT_THETA),
             rope_interleave=fields.boolean("rope_interleave", default=True),
             score_scale=(nope + rotated) ** -0.5 * score_factor(fields),
@@ -83,9 +84,6 @@ class Config(ModelConfig):
         ):
             if size % step:
                 fields.refuse(key, f"only multiples of {step} are computed")
-        most = self.num_experts // self.routing.groups * self.routing.topk_groups
-        if self.num_experts_per_tok > most:
-            fields.refuse("num_experts_per_tok", f"must be at most the {most} experts of the best groups")
 
 
 def layers(config: Config) -> list[Layer]:
@@ -124,29 +122,13 @@ def model_spec(config: Config) -> ModelSpec:
     return ModelSpec(spec.resident, spec.experts, spec.tied, (f"layers.{config.num_hidden_layers}.",))
 
 
-def _dense_layers(fields: Fields, count: int) -> int:
-    if fields.get("first_k_dense_replace") is None:
-        return 0
-    return min(fields.integer("first_k_dense_replace", least=0), count)
-
-
-def _routing(fields: Fields, experts: int) -> GroupedRouting:
-    groups = 1 if fields.get("n_group") is None else fields.divisor_of("n_group", experts, "n_routed_experts")
-    best = groups if fields.get("topk_group") is None else fields.integer("topk_group", most=groups)
-    scale = 1.0 if fields.get("routed_scaling_factor") is None else fields.positive("routed_scaling_factor")
-    return GroupedRouting(groups, best, fields.boolean("norm_topk_prob", default=True), scale)
-
-
 def _layer(config: Config, layer: int) -> Iterator[Spec]:
     yield from _self_attention(config, f"layers.{layer}.self_attn")
     hidden, mlp = config.hidden_size, f"layers.{layer}.mlp"
     if layer in config.dense_layers:
         yield ffn(f"{mlp}.dense", mlp, hidden, config.intermediate_size)
         return
-    yield sensitive(f"{mlp}.gate", config.num_experts, hidden)
-    bias = f"{mlp}.gate.e_score_correction_bias"
-    yield VectorSpec(bias, bias, (config.num_experts,))
-    yield ffn(f"{mlp}.shared_expert", f"{mlp}.shared_experts", hidden, config.shared_intermediate_size)
+    yield from grouped_mlp(config, mlp, config.shared_intermediate_size)
 
 
 def _self_attention(config: Config, prefix: str) -> Iterator[Spec]:

@@ -10,6 +10,7 @@ from flashmoe.bundle.codecs import ClampedGlu
 from flashmoe.models.architecture import Layer
 from flashmoe.models.config import MAX_HEAD, Fields, ModelConfig, common_values
 from flashmoe.models.names import assemble, whole
+from flashmoe.models.rope import rope_of
 from flashmoe.models.spec import (
     BiasSource,
     ExpertsSpec,
@@ -21,7 +22,6 @@ from flashmoe.models.spec import (
     Spec,
     VectorSpec,
 )
-from flashmoe.models.yarn_config import rope_of
 from flashmoe.nn.attention import AttentionShape
 from flashmoe.nn.moe import MoeShape
 from flashmoe.nn.rotary import Rope

@@ -45,12 +45,22 @@ class ModelFamily:
 
 
 _QWEN35 = ModelFamily("qwen3_5_moe", "qwen3_5_moe")
+_QWEN35_DENSE = ModelFamily("qwen3_5", "qwen3_5_moe")
 FAMILIES = {
     "qwen3_5_moe": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,
+    "qwen3_5": _QWEN35_DENSE,
+    "qwen3_5_text": _QWEN35_DENSE,
     "qwen3_next": ModelFamily("qwen3_next", "qwen3_next"),
     "gpt_oss": ModelFamily("gpt_oss", "gpt_oss"),
     "deepseek_v3": ModelFamily("deepseek_v3", "deepseek_v3"),
+    "qwen3_moe": ModelFamily("qwen3_moe", "qwen3_moe"),
+    "mixtral": ModelFamily("mixtral", "mixtral"),
+    "olmoe": ModelFamily("olmoe", "olmoe"),
+    "glm4_moe": ModelFamily("glm4_moe", "glm4_moe"),
+    "qwen3": ModelFamily("qwen3", "qwen3"),
+    "qwen2": ModelFamily("qwen2", "qwen2"),
+    "llama": ModelFamily("llama", "llama"),
 }
 
 

@@ -21,9 +21,9 @@ from flashmoe.nn.workspace import Workspace
 class AttentionShape(MixerShape):
     """Sizes of one layer.  Query head h reads key/value head h // (heads // kv_heads).
 
-    gated: a gate for every output (Qwen3.5).  normed: RMS norms of each query and key head.  biased: which of the
-    projections q, k, v, o have biases.  window: positions that a token sees, itself included, 0 for all.  sinks: every
-    head has one more score, whose value is zero (gpt-oss).
+    gated: a gate for every output (Qwen3.5).  normed: RMS norms of each query and key head; of all heads together if
+    flat_norms (OLMoE).  biased: which of the projections q, k, v, o have biases.  window: positions that a token sees,
+    itself included, 0 for all.  sinks: every head has one more score, whose value is zero (gpt-oss).
     """
 
     hidden: int
@@ -34,6 +34,7 @@ class AttentionShape(MixerShape):
     rope: Rope
     gated: bool = True
     normed: bool = True
+    flat_norms: bool = False
     biased: str = ""
     window: int = 0
     sinks: bool = False
@@ -149,8 +150,14 @@ class Attention:
             projection("v", shape.kv_width, shape.hidden),
         ]
         self._out_proj = [projection("o", shape.hidden, shape.width)]
-        self._q_norm = weights.vector(prefix + "q_norm", shape.head_dim) if shape.normed else None
-        self._k_norm = weights.vector(prefix + "k_norm", shape.head_dim) if shape.normed else None
+        self._norms: tuple[F32 | None, F32 | None] = None, None
+        if shape.normed:
+            sizes = (shape.width, shape.kv_width) if shape.flat_norms else (shape.head_dim,) * 2
+            q_norm, k_norm = (
+                weights.vector(prefix + name, size)
+                for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)
+            )
+            self._norms = q_norm, k_norm
         self._sinks = weights.vector(prefix + "sinks", shape.heads) if shape.sinks else None
 
     def __call__(self, x: F32, parts: Sequence[CachePart], work: Workspace, out: F32) -> None:
@@ -160,6 +167,11 @@ class Attention:
         k = work.get("k", (tokens, shape.kv_width))
         v = work.get("v", (tokens, shape.kv_width))
         ops.linear(x, self._projections, [q_gate, k, v])
+        q_norm, k_norm = self._norms
+        if shape.flat_norms:
+            ops.rms_norm(q_gate, q_norm, shape.eps, q_gate)
+            ops.rms_norm(k, k_norm, shape.eps, k)
+            q_norm = k_norm = None
         q = work.get("q", (tokens, shape.heads, shape.head_dim))
         mixed = work.get("mixed", (tokens, shape.width))
         for cache, position, rows in parts:
@@ -167,8 +179,8 @@ class Attention:
                 q_gate[rows],
                 k[rows],
                 v[rows],
-                self._q_norm,
-                self._k_norm,
+                q_norm,
+                k_norm,
                 shape.eps,
                 self._rotary.cos,
                 self._rotary.sin,

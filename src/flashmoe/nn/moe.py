@@ -31,7 +31,8 @@ class MoeShape(FfnShape):
     """Sizes of one layer.
 
     shared_intermediate 0: no shared expert; shared_gated: its result is weighted by a gate, else by one.
-    router_biased: the router's logits have biases.  grouped: None for the softmax over the chosen.
+    router_biased: the router's logits have biases.  grouped: None for a softmax, over the chosen alone or, if not
+    renormalised, over all experts.
     """
 
     hidden: int
@@ -42,6 +43,7 @@ class MoeShape(FfnShape):
     shared_gated: bool = True
     router_biased: bool = False
     grouped: GroupedRouting | None = None
+    renormalised: bool = True
 
     def widest(self) -> int:
         """The shared expert's rows between its products."""
@@ -131,7 +133,7 @@ class SparseMoe:
     def _route(self, logits: F32, chosen: I32, weights: F32) -> None:
         k, how = self._shape.experts_per_token, self._shape.grouped
         if how is None:
-            self._ops.route(logits, k, chosen, weights)
+            self._ops.route(logits, k, chosen, weights, self._shape.renormalised)
             return
         self._ops.route_grouped(
             logits,

@@ -10,18 +10,20 @@ from flashmoe.types import format_size
 class SlotArena:
     """`count` slots of `record_nbytes` in one aligned mapping; slot i starts at i * record_nbytes.
 
+    A model without experts has an arena of no slots.
+
     Pages are touched only when a record lands, so an unused slot costs no memory; huge ones are asked for unless
     `huge` is False (the bench compares).  Not thread-safe.
     Raises BudgetError when the system refuses the memory.
     """
 
     def __init__(self, count: int, record_nbytes: int, huge: bool = True) -> None:
-        if count < 1 or record_nbytes < 1 or record_nbytes % 4096:
+        if (count, record_nbytes) != (0, 0) and (count < 1 or record_nbytes < 1 or record_nbytes % 4096):
             raise BudgetError(
                 f"a pool of {count} slots of {record_nbytes} bytes is impossible: raise --memory"
             )
         try:
-            self.buffer = AlignedBuffer(count * record_nbytes, huge)
+            self.buffer = AlignedBuffer(max(count * record_nbytes, 4096), huge)
         except MemoryError:
             raise BudgetError(
                 f"the system refused {format_size(count * record_nbytes)} for expert slots: lower --memory"
