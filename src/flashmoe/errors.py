@@ -56,6 +56,14 @@ class StructureError(FlashmoeError):
     """A schema, a regular expression or a grammar for structured output cannot be used."""
 
 
+class ToolError(FlashmoeError):
+    """A tool cannot be reached, or could not do what it was asked; text: all of the message, for the model."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
 class RequestError(FlashmoeError):
     """A request that says what is not possible; param: the field; code: a word for it that clients know."""
 

@@ -11,7 +11,7 @@ from jsonschema import validate
 from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from tests.server.conftest import KEY, Running
 
-from flashmoe.server.service import Prompt
+from flashmoe.chat.prompts import Prompt
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me a story about a mouse."}]
 WEATHER: Any = {
@@ -98,6 +98,24 @@ def test_stop_seed_and_several_answers(client: OpenAI) -> None:
     assert parts == several
 
 
+@pytest.mark.parametrize(
+    ("standard", "extra"),
+    [
+        ({"presence_penalty": 1.5}, {}),
+        ({"frequency_penalty": 1.5}, {}),
+        ({}, {"repetition_penalty": 1.5}),
+        ({"temperature": 1.0, "seed": 5, "top_p": 0.5}, {"top_k": 7, "min_p": 0.1}),
+    ],
+)
+def test_sampling_is_as_asked(
+    client: OpenAI, demo_llm: Any, standard: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    params = demo_llm.sampling_params(**{"temperature": 0.0, "max_tokens": 24} | standard | extra)
+    expected = demo_llm.chat(MESSAGES, params).text
+    assert ask(client, **standard, extra_body=extra).choices[0].message.content == expected
+    assert expected != ask(client).choices[0].message.content
+
+
 def test_thinking_is_split_from_the_answer(client: OpenAI) -> None:
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}
     message = ask(client, extra_body=thinking).choices[0].message
@@ -178,7 +196,7 @@ CALL = """<tool_call>
 def test_strict_tools_may_be_left_alone_but_not_misused(server: Running, text: str, allowed: bool) -> None:
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     service, llm = server.service, server.service.llm
-    structure = service.tool_structure(Prompt([1], tools=[strict]), None, forced=False)
+    structure = service.prompts.tool_structure(Prompt([1], tools=[strict]), None, forced=False)
     assert structure is not None
     constraint = llm.constraint(structure, llm.sampling_params())
     taken = []

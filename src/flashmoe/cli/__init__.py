@@ -18,6 +18,7 @@ from flashmoe.errors import FlashmoeError
 # name -> what `flashmoe --help` says about it; the module of the same name has configure() and execute()
 COMMANDS = {
     "run": "generate text with a model, its experts streamed from the drive",
+    "chat": "talk to a model in the terminal, with tools if you like",
     "serve": "answer over HTTP: OpenAI's and Anthropic's APIs",
     "convert": "make a bundle from a Hugging Face or MLX checkpoint",
     "inspect": "show what a bundle or a checkpoint contains and what memory it needs",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.cli import options, structured
+from flashmoe.cli import model_options, options, structured
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import PromptError
 from flashmoe.types import format_size
@@ -15,16 +15,6 @@ from flashmoe.types import format_size
 if TYPE_CHECKING:
     from flashmoe.chat.llm import LLM, Chunk
 
-_SAMPLING = (
-    ("--temperature", options.real, "0 always takes the likeliest token"),
-    ("--top-k", options.whole, "sample among the K likeliest tokens; 0 is all"),
-    ("--top-p", options.real, "sample among the likeliest tokens that hold this probability together"),
-    ("--min-p", options.real, "drop tokens less likely than this share of the likeliest one"),
-    ("--presence-penalty", options.real, "subtracted once from tokens that were generated before"),
-    ("--frequency-penalty", options.real, "subtracted for each time a token was generated before"),
-    ("--repetition-penalty", options.real, "divides the logits of tokens seen before; 1 is off"),
-    ("--seed", options.whole, "the same seed gives the same text"),
-)
 _STATS = (
     "decode_tok_s",
     "prefill_tok_s",
@@ -54,58 +44,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=options.count, default=_MAX_TOKENS, metavar="N", help="default: %(default)s"
     )
-    sampling = parser.add_argument_group(
-        "sampling", "each defaults to the model's own generation_config.json"
-    )
-    for flag, kind, text in _SAMPLING:
-        sampling.add_argument(flag, type=kind, metavar="N" if kind is options.whole else "X", help=text)
+    model_options.add_sampling(parser)
     structured.configure(parser)
     parser.add_argument(
         "--stats",
         action="store_true",
         help="hit rate and stalls of each layer, and the drive, live on stderr (a table where that is no terminal)",
     )
-    _configure_machine(parser.add_argument_group("machine", "none of these changes a bit of the output"))
-    lossy = parser.add_argument_group("changes the output")
-    lossy.add_argument(
-        "--experts-per-token",
-        type=options.count,
-        metavar="N",
-        help="other than the model's own number is lossy",
-    )
-    lossy.add_argument(
-        "--activations", choices=("int8", "f32"), default="int8", help="f32 is the slow accuracy oracle"
-    )
-    options.add_kv_cache(lossy)
+    model_options.add_machine(parser)
+    model_options.add_lossy(parser)
     options.add_json(parser)
-
-
-def _configure_machine(machine: argparse._ArgumentGroup) -> None:
-    options.add_memory(machine)
-    machine.add_argument(
-        "--context", type=options.count, metavar="N", help="longest prompt and answer, in tokens"
-    )
-    machine.add_argument("--threads", type=options.count, metavar="N", help="default: every processor")
-    machine.add_argument(
-        "--io", choices=("auto", "direct", "buffered"), default="auto", help="how experts are read"
-    )
-    machine.add_argument(
-        "--expert-slots",
-        type=options.slots,
-        metavar="N|P%",
-        help="experts kept in memory (default: as many as fit)",
-    )
-    machine.add_argument(
-        "--lookahead",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="read likely experts of the next layer while the drive is idle (default: while that helps)",
-    )
-    machine.add_argument(
-        "--verify-reads", action="store_true", help="compare every weight with its checksum as it is read"
-    )
-    options.add_usage_file(machine)
-    options.add_experts_dirs(machine, options.MOVED_DIR)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -116,24 +64,13 @@ def execute(args: argparse.Namespace) -> int:
 
     with LLM(
         bundle or find_demo_bundle(),
-        memory=args.memory,
-        context=args.context,
-        threads=args.threads,
-        experts_per_token=args.experts_per_token,
-        activations=args.activations,
-        kv_cache=args.kv_cache,
-        io=args.io,
-        expert_slots=args.expert_slots,
-        lookahead=args.lookahead,
-        verify_reads=args.verify_reads,
-        experts_dirs=args.experts_dirs,
-        usage_file=args.usage_file,
         structured=form is not None,
+        **model_options.load_options(args),
     ) as llm:
         if llm.lossy:
-            print(f"flashmoe: {_lossy_note(llm)}", file=sys.stderr)
+            print(f"flashmoe: {model_options.lossy_note(llm)}", file=sys.stderr)
         options.print_notice(llm.notice)
-        params = llm.sampling_params(max_tokens=args.max_tokens, **_given_sampling(args))
+        params = llm.sampling_params(max_tokens=args.max_tokens, **model_options.given_sampling(args))
         chunks = llm.stream(_prompt_ids(llm, prompt, args), params, structured=form)
         if args.stats:
             _run_with_stats(llm, chunks, args.json)
@@ -166,28 +103,13 @@ def _usage_error(message: str) -> SystemExit:
     return SystemExit(2)
 
 
-def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = [flag.removeprefix("--").replace("-", "_") for flag, _, _ in _SAMPLING]
-    return {name: getattr(args, name) for name in names}
-
-
 def _prompt_ids(llm: LLM, prompt: str, args: argparse.Namespace) -> list[int]:
     if args.raw:
         return llm.tokenizer.encode((args.system or "") + prompt)
     messages = [{"role": "user", "content": prompt}]
     if args.system:
         messages.insert(0, {"role": "system", "content": args.system})
-    return llm.chat_ids(messages)
-
-
-def _lossy_note(llm: LLM) -> str:
-    reasons = []
-    if llm.experts_per_token != llm.native_experts_per_token:
-        native = llm.native_experts_per_token
-        reasons.append(f"{llm.experts_per_token} experts per token instead of the model's own {native}")
-    if llm.kv_cache == "int8":
-        reasons.append("keys and values in 8 bits")
-    return f"lossy: {', '.join(reasons)}"
+    return llm.chat_ids(messages, **model_options.template_variables(args))
 
 
 def _report(llm: LLM, answer: Sequence[Chunk]) -> dict[str, Any]:

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashmoe import env
-from flashmoe.cli import options
+from flashmoe.cli import options, prefix_options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import ConfigError
 from flashmoe.types import format_size
 
 if TYPE_CHECKING:
     from flashmoe.chat.llm import LLM
-    from flashmoe.engine.memory import MemoryPlan
     from flashmoe.engine.prefix_cache import PrefixCache
     from flashmoe.server.service import Service
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _DRAIN_SECONDS = 30
-_CACHE_SHARE = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,17 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_kv_cache(machine)
     options.add_usage_file(machine)
     options.add_experts_dirs(machine, options.MOVED_DIR)
-    prefixes = parser.add_argument_group("prefix cache", "conversations go on where they were")
-    prefixes.add_argument(
-        "--cache-memory",
-        type=options.size,
-        metavar="SIZE",
-        help="default: a twentieth of --memory, and more where all experts fit",
-    )
-    prefixes.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep them on the drive too")
-    prefixes.add_argument(
-        "--cache-dir-size", type=options.size, default=8 << 30, metavar="SIZE", help="default: 8GiB"
-    )
+    prefix_options.configure(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -82,12 +70,9 @@ def execute(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'flashmoe[server]'")
     from flashmoe.chat.llm import LLM
-    from flashmoe.engine.memory import auto_budget
-    from flashmoe.engine.prefix_cache import PrefixCache
 
     bundle = args.bundle or find_demo_bundle()
-    budget = args.memory or auto_budget().nbytes
-    cache_memory = budget // _CACHE_SHARE if args.cache_memory is None else args.cache_memory
+    reserved = prefix_options.reserved_nbytes(args)
     with LLM(
         bundle,
         memory=args.memory,
@@ -100,24 +85,14 @@ def execute(args: argparse.Namespace) -> int:
         experts_dirs=args.experts_dirs,
         usage_file=args.usage_file,
         sequences=args.parallel,
-        prefix_cache=cache_memory,
+        prefix_cache=reserved,
     ) as llm:
         options.print_notice(llm.notice)
-        if args.cache_memory is None:
-            cache_memory += _spare(llm.plan)
-        prefixes = PrefixCache(cache_memory, llm.engine.identity, args.cache_dir, args.cache_dir_size)
+        prefixes = prefix_options.open_cache(args, llm, reserved)
         try:
             return _serve(args, llm, prefixes, args.name or Path(bundle).resolve().name)
         finally:
             prefixes.close()
-
-
-def _spare(plan: MemoryPlan) -> int:
-    """Bytes that neither experts nor anything else will need, up to what the running sequences themselves take."""
-    if plan.slots < plan.experts:
-        return 0
-    used = plan.process_nbytes + plan.resident_nbytes + plan.state_nbytes + plan.workspace_nbytes
-    return max(0, min(plan.budget_nbytes - used - plan.slots_nbytes, plan.state_nbytes))
 
 
 def _serve(args: argparse.Namespace, llm: LLM, prefixes: PrefixCache, name: str) -> int:

@@ -17,6 +17,7 @@ from flashmoe.chat.dialects import (
     ToolCallEnd,
     ToolCallStart,
 )
+from flashmoe.chat.prompts import Prompt
 from flashmoe.chat.structured import StructuredOutput
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError
@@ -29,7 +30,7 @@ from flashmoe.server.anthropic_types import (
     variables_of,
 )
 from flashmoe.server.problems import anthropic_error
-from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service
+from flashmoe.server.service import AnswerEvent, Began, Done, Service
 from flashmoe.server.streaming import Events, event_stream, named, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -74,7 +75,7 @@ async def _prepare(service: Service, body: MessagesRequest) -> Ask:
     prompt, forced, parallel = await _prompt(service, body)
     given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "max_tokens")}
     params = service.llm.sampling_params(**given, stop=tuple(body.stop_sequences))
-    return Ask(prompt, params, service.tool_structure(prompt, None, forced, parallel))
+    return Ask(prompt, params, service.prompts.tool_structure(prompt, None, forced, parallel))
 
 
 async def _whole(service: Service, ask: Ask) -> dict[str, Any]:

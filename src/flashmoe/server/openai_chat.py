@@ -12,19 +12,20 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from flashmoe.chat.continuation import Said, tool_call
 from flashmoe.chat.dialects import (
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
     ToolCallStart,
 )
+from flashmoe.chat.prompts import Prompt
 from flashmoe.chat.structured import StructuredOutput
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
-from flashmoe.server.continuation import Said, tool_call
 from flashmoe.server.openai_types import ChatRequest, structure_of
 from flashmoe.server.problems import openai_error
-from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service, TokenText, with_seed
+from flashmoe.server.service import AnswerEvent, Began, Done, Service, TokenText, with_seed
 from flashmoe.server.streaming import Events, data, event_stream, merged, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -70,7 +71,7 @@ async def _prepare(service: Service, body: ChatRequest) -> Ask:
         variables.setdefault("enable_thinking", body.reasoning_effort not in ("none", "minimal"))
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     prompt = await service.chat_prompt(body.messages, tools, variables)
-    structured = service.tool_structure(prompt, structured, forced, body.parallel_tool_calls)
+    structured = service.prompts.tool_structure(prompt, structured, forced, body.parallel_tool_calls)
     top = (body.top_logprobs or 0) if body.logprobs else None
     return Ask(body, prompt, params, structured, top)
 

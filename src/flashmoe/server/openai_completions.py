@@ -13,11 +13,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from flashmoe.chat.dialects import TextDelta
+from flashmoe.chat.prompts import Prompt
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
 from flashmoe.server.openai_types import CompletionRequest
 from flashmoe.server.problems import openai_error
-from flashmoe.server.service import AnswerEvent, Began, Done, Prompt, Service, TokenText, with_seed
+from flashmoe.server.service import AnswerEvent, Began, Done, Service, TokenText, with_seed
 from flashmoe.server.streaming import KEEP_ALIVE, Events, data, event_stream, merged, unless_left
 
 router = APIRouter()

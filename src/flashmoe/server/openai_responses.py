@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from flashmoe.chat.prompts import Prompt
 from flashmoe.chat.structured import StructuredOutput
 from flashmoe.engine.params import SamplingParams
 from flashmoe.errors import FlashmoeError, RequestError
@@ -26,7 +27,7 @@ from flashmoe.server.responses_types import (
     tools_of,
     variables_of,
 )
-from flashmoe.server.service import Began, Done, Prompt, Service
+from flashmoe.server.service import Began, Done, Service
 from flashmoe.server.streaming import Events, event_stream, named, unless_left
 from flashmoe.server.tool_choice import choose_tools
 
@@ -123,7 +124,7 @@ async def _prompt(
     structured = structure_of(body)
     prompt = await service.chat_prompt(messages, tools, variables_of(body))
     parallel = body.parallel_tool_calls is not False
-    return prompt, service.tool_structure(prompt, structured, forced, parallel)
+    return prompt, service.prompts.tool_structure(prompt, structured, forced, parallel)
 
 
 class _Answer:

@@ -25,11 +25,6 @@ def choose_tools(tools: Tools | None, choice: str | Mapping[str, Any] | None) ->
     return (None if choice == "none" or not names else tools), choice == "required"
 
 
-def strict_tools(tools: Tools | None) -> bool:
-    """Whether a tool asks that its calls follow its schema."""
-    return any((tool.get("function") or tool).get("strict") for tool in tools or ())
-
-
 def _name(tool: Mapping[str, Any], number: int) -> str:
     function = tool.get("function", tool)
     kind = tool.get("type", "function")
