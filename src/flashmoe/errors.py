@@ -44,6 +44,10 @@ class ReadError(FlashmoeError):
     """Reading an expert or a resident weight failed."""
 
 
+class TraceError(FlashmoeError):
+    """A routing trace, or a policy trained on one, cannot be read or does not fit the model."""
+
+
 class PromptError(FlashmoeError):
     """A prompt or a conversation cannot be processed."""
 

@@ -37,6 +37,9 @@ class PlainLru:
     def victim(self, layer: int, keep: frozenset[int] | set[int]) -> tuple[int, int] | None:
         return next((key for key in self._order if key[0] != layer or key[1] not in keep), None)
 
+    def refresh(self) -> None:
+        pass
+
 
 def hit_rate(policy: Policy, slots: int, tokens: list[list[list[int]]]) -> float:
     """Of decoding tokens[token][layer] = experts with a cache of so many slots."""

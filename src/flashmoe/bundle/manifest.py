@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from flashmoe.bundle.codecs import (
     RECORD_ALIGN,
     Codec,
@@ -98,6 +100,14 @@ class Manifest:
         if any(map(is_extended, codecs)):
             return EXTENDED_VERSION
         return STRIPED_VERSION if self.stripes else FORMAT_VERSION
+
+    @property
+    def experts_identity(self) -> str:
+        """What tells one model's experts from another's, wherever and in how many stripes they lie."""
+        digest = xxhash.xxh3_128(self.model_type.encode())
+        for record in self.experts:
+            digest.update(f"/{record.layer}:{','.join(record.xxh3)}".encode())
+        return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""

@@ -9,6 +9,7 @@ from typing import TypedDict
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine.engine import EngineOptions
 from flashmoe.errors import ConfigError
+from flashmoe.store.policies.registry import DEFAULT as DEFAULT_POLICY
 from flashmoe.types import parse_size
 
 
@@ -35,6 +36,9 @@ class LoadOptions(TypedDict, total=False):
     usage_file: a file that remembers which experts are used, from run to run; at the next start those used most are
     read while nobody waits.  "auto" keeps it in the user's cache directory; "off", as left out, neither reads nor
     writes one.
+    policy: which expert leaves the pool when a slot is needed: "lfu-decay", "lru" and others, or "learned:FILE" of
+    `flashmoe cache train` (docs/policies.md).
+    record_trace: file that gets what the routers picked, when the model is closed (docs/format.md, section 10).
     """
 
     memory: str | int | None
@@ -52,11 +56,14 @@ class LoadOptions(TypedDict, total=False):
     logit_rows: int
     experts_dirs: Sequence[str | Path]
     usage_file: str | Path
+    policy: str
+    record_trace: str | Path | None
 
 
 def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
     """Sizes as bytes, shares as numbers; raises ConfigError for what cannot be read."""
     memory, prefix_cache = given.get("memory"), given.get("prefix_cache")
+    record_trace = given.get("record_trace")
     return EngineOptions(
         memory_bytes=None if memory in (None, "auto") else parse_size(memory),
         context=given.get("context"),
@@ -73,6 +80,8 @@ def engine_options(given: LoadOptions, bundle: Bundle) -> EngineOptions:
         logit_rows=given.get("logit_rows", 1),
         experts_dirs=tuple(map(Path, given.get("experts_dirs", ()))),
         usage_file=given.get("usage_file", "off"),
+        policy=given.get("policy", DEFAULT_POLICY),
+        record_trace=None if record_trace is None else Path(record_trace),
     )
 
 

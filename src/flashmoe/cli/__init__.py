@@ -28,6 +28,8 @@ COMMANDS = {
     "export": "write a bundle's weights as a Hugging Face checkpoint",
     "synth": "make a bundle of a real model's exact shape with random weights",
     "eval": "measure how good a bundle is: perplexity, divergence, questions, tool calls",
+    "simulate": "replay recorded routing through cache policies, beside the bound",
+    "cache": "train a cache policy on recorded routing",
     "bench": "measure speed beside what memory and processor allow, and beside llama.cpp",
     "doctor": "show what this machine offers: instruction set, memory, drives",
 }

@@ -74,6 +74,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
     options.add_usage_file(machine)
     options.add_experts_dirs(machine, options.MOVED_DIR)
+    options.add_policy(machine)
 
 
 def add_lossy(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +107,8 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         "verify_reads": args.verify_reads,
         "experts_dirs": args.experts_dirs,
         "usage_file": args.usage_file,
+        "policy": args.policy,
+        "record_trace": args.record_trace,
     }
 
 

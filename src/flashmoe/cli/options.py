@@ -130,6 +130,22 @@ def add_experts_dirs(parser: argparse._ActionsContainer, text: str) -> None:
     )
 
 
+def add_policy(parser: argparse._ActionsContainer) -> None:
+    """--policy and --record-trace, the same wherever a model is run."""
+    parser.add_argument(
+        "--policy",
+        default="lfu-decay",
+        metavar="NAME",
+        help="which expert leaves the pool (default: %(default)s); learned:FILE is one of `flashmoe cache train`",
+    )
+    parser.add_argument(
+        "--record-trace",
+        type=Path,
+        metavar="FILE.npz",
+        help="record which experts each token used, for `flashmoe simulate` and `flashmoe cache train`",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json, the same in every command that reports."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")

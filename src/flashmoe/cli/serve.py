@@ -61,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_kv_cache(machine)
     options.add_usage_file(machine)
     options.add_experts_dirs(machine, options.MOVED_DIR)
+    options.add_policy(machine)
     prefix_options.configure(parser)
 
 
@@ -84,6 +85,8 @@ def execute(args: argparse.Namespace) -> int:
         lookahead=args.lookahead,
         experts_dirs=args.experts_dirs,
         usage_file=args.usage_file,
+        policy=args.policy,
+        record_trace=args.record_trace,
         sequences=args.parallel,
         prefix_cache=reserved,
     ) as llm:

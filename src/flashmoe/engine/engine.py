@@ -27,6 +27,7 @@ from flashmoe.kernels.cpu import CpuOps
 from flashmoe.models.decoder import SequenceState
 from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
+from flashmoe.store.policies.registry import DEFAULT as DEFAULT_POLICY
 from flashmoe.store.stats import CacheStats
 
 
@@ -48,6 +49,8 @@ class EngineOptions:
     logit_rows: tokens of one feed() of which the logits are wanted; the memory plan counts them.
     experts_dirs: of a striped bundle, directories that are not where its links lead.
     usage_file: where uses of experts are remembered from run to run, for a warm start: "off", "auto" or a path.
+    policy: which expert leaves when a slot is needed: a name of store/policies/registry.py, or learned:FILE.
+    record_trace: file that gets what the routers picked (docs/format.md, section 10) when the engine is closed.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """
 
@@ -67,6 +70,8 @@ class EngineOptions:
     logit_rows: int = 1
     experts_dirs: tuple[Path, ...] = ()
     usage_file: str | Path = "off"
+    policy: str = DEFAULT_POLICY
+    record_trace: Path | None = None
 
 
 @dataclass
@@ -118,6 +123,8 @@ class Engine:
             self._closed = True
             self._parts.warming.end()
             self._parts.reader.close()
+            if self._parts.recorder is not None:
+                self._parts.recorder.close()
 
     def start(self) -> None:
         """Begin a new, empty sequence."""
@@ -136,6 +143,7 @@ class Engine:
         for begin in range(0, len(ids), chunk):
             part = np.array(ids[begin : begin + chunk], np.int32)
             wanted = logits_of if logits_of == "all" or begin + chunk >= len(ids) else "none"
+            self._record([(self._parts.states[0], part.tolist())])
             with self._parts.warming.step():
                 logits = self._parts.model.forward(part, self._parts.states[0], self._parts.experts, wanted)
             if wanted != "none" or begin + chunk >= len(ids):
@@ -180,8 +188,13 @@ class Engine:
         if len(ids) > self.plan.prefill_chunk:
             raise PromptError(f"{len(ids)} tokens in one step: at most {self.plan.prefill_chunk} fit")
         rows = [lasts[i] for i in wanted] or slice(0)
+        self._record(parts)
         with self._parts.warming.step():
             return self._parts.model.forward_batch(np.array(ids, np.int32), owned, self._parts.experts, rows)
+
+    def _record(self, parts: Sequence[tuple[SequenceState, Sequence[int]]]) -> None:
+        if self._parts.recorder is not None:
+            self._parts.recorder.begin([(id(state), state.position, tokens) for state, tokens in parts])
 
     def logits(self, ids: list[int]) -> F32:
         """Logits [tokens, vocab] float32 of every position of a fresh sequence."""

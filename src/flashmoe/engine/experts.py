@@ -16,6 +16,7 @@ from flashmoe.nn.moe import FEW
 from flashmoe.nn.weights import F32, I32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.slots import SlotArena
+from flashmoe.store.trace_writer import TraceWriter
 from flashmoe.store.usage import UsageCounts
 
 # A prompt that asks this share of one layer's experts probably asks for nearly all of the next one's.
@@ -71,9 +72,13 @@ class StreamedExperts:
         lookahead: str = "auto",
         experts: int = 0,
         usage: UsageCounts | None = None,
+        recorder: TraceWriter | None = None,
     ) -> None:
-        """layouts: layer -> layout of its records; experts: of each layer; usage: counts what is asked for."""
-        self._ops, self._cache, self._usage = ops, cache, usage
+        """layouts: layer -> layout of its records; experts: of each layer; usage: counts what is asked for.
+
+        recorder: hears what routers pick.
+        """
+        self._ops, self._cache, self._usage, self._recorder = ops, cache, usage, recorder
         self.lookahead = Lookahead(cache, lookahead)
         self._every_expert, self._successor = range(experts), dict(itertools.pairwise(layouts))
         self._everyone, self._slots = np.arange(FEW, dtype=np.int32), arena.count
@@ -96,6 +101,8 @@ class StreamedExperts:
         foresight: Foresight | None = None,
     ) -> None:
         """See nn.blocks.Experts."""
+        if self._recorder is not None:
+            self._recorder.layer(layer, chosen, weights)
         layout, group = self._layouts[layer]
         if self._usage is not None:
             self._usage.add(layer, chosen)

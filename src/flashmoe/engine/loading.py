@@ -28,9 +28,11 @@ from flashmoe.models.decoder import Decoder, SequenceState
 from flashmoe.models.fit import check_fit
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
-from flashmoe.store.policies import LayeredLru
+from flashmoe.store.policies.base import Policy
+from flashmoe.store.policies.registry import Geometry, policy_maker
 from flashmoe.store.reader import MOST_IN_FLIGHT, NativeReader
 from flashmoe.store.slots import SlotArena
+from flashmoe.store.trace_writer import TraceWriter
 
 if TYPE_CHECKING:
     from flashmoe.engine.engine import EngineOptions
@@ -58,6 +60,7 @@ class Parts:
     states: list[SequenceState]  # one for each sequence that a step can hold
     drive_bandwidth: float
     token_nbytes: int  # memory that one decoded token must read
+    recorder: TraceWriter | None = None
     memory_bandwidth: float | None = None
 
 
@@ -72,6 +75,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
     kv_dtype = CACHE_DTYPES[kv_cache]
     per_token = config.num_experts_per_tok
     architecture = family.architecture(config)
+    policy = _policy(bundle, config, options)  # before the plan, which counts what the process holds
+    recorder = _recorder(bundle, config, per_token, options)
     ops = CpuOps(options.threads or env.cpu_count(), options.activations)
     first, end = resident_range(bundle)
     demand = model_demand(
@@ -96,7 +101,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
     layers = bundle.expert_layers
     drive = measure_drive(reader, arena, _expert_files(bundle))
     weights = ResidentWeights(bundle, ops, reader, 0, plan.embedding_resident, options.verify_reads)
-    cache = _cache(bundle, reader, arena, per_token, options.verify_reads)
+    cache = _cache(bundle, reader, arena, policy, per_token, options.verify_reads)
     embed = make_embedding(bundle, weights, ops, reader, 0, plan.embedding_resident)
     model = Decoder(architecture, weights, ops, embed=embed, context=context)
     warming = _warming(bundle, options)
@@ -108,11 +113,24 @@ def load(path: Path, options: EngineOptions) -> Parts:
         options.lookahead,
         config.num_experts,
         warming.counts,
+        recorder,
     )
     token_nbytes = _token_nbytes(bundle, per_token) + architecture.state_traffic()
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
     parts = Parts(
-        bundle, plan, ops, reader, weights, cache, experts, warming, model, states, drive, token_nbytes
+        bundle,
+        plan,
+        ops,
+        reader,
+        weights,
+        cache,
+        experts,
+        warming,
+        model,
+        states,
+        drive,
+        token_nbytes,
+        recorder,
     )
     warming.begin(cache, plan.slots, plan.record_nbytes)
     return parts
@@ -206,14 +224,32 @@ def _context(config: ModelConfig, options: EngineOptions) -> int:
     return options.context or min(most, DEFAULT_CONTEXT)
 
 
+def _policy(bundle: Bundle, config: ModelConfig, options: EngineOptions) -> Policy:
+    """With no history.  Raises ConfigError or TraceError when it cannot be had, or belongs to another bundle."""
+    layers = tuple(layer.layer for layer in bundle.expert_layers)
+    geometry = Geometry(layers, config.num_experts, bundle.manifest.experts_identity)
+    return policy_maker(options.policy, geometry)().together()
+
+
+def _recorder(
+    bundle: Bundle, config: ModelConfig, per_token: int, options: EngineOptions
+) -> TraceWriter | None:
+    if options.record_trace is None:
+        return None
+    layers = [layer.layer for layer in bundle.expert_layers]
+    if not layers:
+        raise ConfigError(f"{bundle.path}: --record-trace: the model has no routed experts to record")
+    identity = bundle.manifest.experts_identity
+    return TraceWriter(options.record_trace, layers, config.num_experts, per_token, identity)
+
+
 def _cache(
-    bundle: Bundle, reader: NativeReader, arena: SlotArena, per_token: int, verify: bool
+    bundle: Bundle, reader: NativeReader, arena: SlotArena, policy: Policy, per_token: int, verify: bool
 ) -> ExpertCache:
     layers = bundle.expert_layers
     stripes = len(bundle.experts_dirs)
     files = {layer.layer: (1 + i * stripes, layer.record_nbytes, stripes) for i, layer in enumerate(layers)}
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
-    policy = LayeredLru()
     return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
 
 

@@ -301,6 +301,7 @@ class ExpertCache:
 
         Raises ReadError after all reads of `landing` have ended and their slots are free again.
         """
+        self._policy.refresh()  # in time that is spent waiting anyway
         began = time.perf_counter()
         completions = self._reader.wait()
         self._layer_stats[layer].stall_seconds += time.perf_counter() - began

@@ -1,0 +1,164 @@
+"""What the experts used lately foretell about those used next: a linear forecast, fitted to a recorded trace.
+
+History of an expert alone hardly beats LfuDecay (docs/decisions/010); what helps is which experts are used together:
+within a layer over time, and in the layers just before.  Fitting is in flashmoe/learning/forecast.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.store.policies.scored import Scored
+
+F32 = NDArray[np.float32]
+NEIGHBOURS = 2  # layers before whose choice of the same step is taken into account
+
+
+@dataclass(frozen=True)
+class ForecastWeights:
+    """L layers of E experts, S decays, rank r; all float32.
+
+    uses[s, e] = sum over past events of decays[s] ** age * (1 if expert e was used), age 0 for the latest.
+    z = sum over s and experts e of uses[s, e] * inputs[l, e, s] + sum over the experts e of the n-th layer before,
+    in this step, of neighbours[l, e, n].
+    forecast[e] = direct @ uses[:, e] + readout[l, e] @ z + bias[l, e]: of exp(-(events until the next use) / horizon).
+    """
+
+    layers: tuple[int, ...]
+    decays: F32  # [S]
+    direct: F32  # [S]
+    inputs: F32  # [L, E, S, r]
+    neighbours: F32  # [L, E, NEIGHBOURS, r]
+    readout: F32  # [L, E, r]
+    bias: F32  # [L, E]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return sum(a.nbytes for a in (self.inputs, self.neighbours, self.readout, self.bias))
+
+
+class Forecast:
+    """All layers' forecasts; each layer's LayerPolicy is made by layer().
+
+    A layer's forecast for a step knows the layer's events up to the step before, and what the two layers before it
+    used in this one.  So it can be made before the layer is asked for anything: refresh() does that while the cache
+    waits for reads (docs/decisions/010 has the microseconds); whoever was not refreshed in time does it himself, with
+    the same result.  Not thread-safe.
+    """
+
+    def __init__(self, weights: ForecastWeights) -> None:
+        self._layers = [ForecastLayer(self, index, weights) for index in range(len(weights.layers))]
+        self._by_number = dict(zip(weights.layers, self._layers, strict=True))
+        self.current = -1  # index of the layer that was touched last
+        self._late: list[int] = []  # layers with an event that their forecast does not know yet
+
+    def layer(self, number: int) -> ForecastLayer:
+        """The policy of a layer; KeyError when the weights do not have it."""
+        return self._by_number[number]
+
+    def refresh(self) -> None:
+        """Do now what the next victims would wait for."""
+        late, self._late = self._late, []
+        for index in late:
+            self._layers[index].settle()
+            if index + 1 < len(self._layers):
+                self._layers[index + 1].forecast()
+
+    def before(self, index: int) -> list[ForecastLayer]:
+        """The layers before one, the nearest first, at most NEIGHBOURS."""
+        return self._layers[max(0, index - NEIGHBOURS) : index][::-1]
+
+    def touched(self, index: int) -> None:
+        """A layer has an event to be settled; those after it know of it from now on."""
+        self.current = index
+        self._late.append(index)
+        for after in self._layers[index + 1 : index + 1 + NEIGHBOURS]:
+            after.outdate()
+
+
+class ForecastLayer(Scored):
+    """LayerPolicy: who is forecast least leaves.
+
+    O(k) an event; O(k (S + NEIGHBOURS) r + E (S + r)) when refreshed; O(R log R) once more for an event with victims.
+    What a call to numpy costs weighs more than the numbers in it, so arrays that change together are one array.
+    """
+
+    def __init__(self, owner: Forecast, index: int, weights: ForecastWeights) -> None:
+        super().__init__()
+        layers, experts, decays, rank = weights.inputs.shape
+        self._owner, self._index, self._experts = owner, index, experts
+        self._decays, self._direct = np.repeat(weights.decays[:, None], experts + rank, 1), weights.direct
+        # What an expert's use adds: to this layer's own z for each decay, and to that of the layers after it.
+        own = weights.inputs[index].reshape(experts, decays * rank)
+        after = [
+            weights.neighbours[index + n, :, n - 1]
+            if index + n < layers
+            else np.zeros((experts, rank), np.float32)
+            for n in range(1, NEIGHBOURS + 1)
+        ]
+        self._rows = np.ascontiguousarray(np.concatenate([own, *after], 1))
+        self._readout = np.concatenate([weights.readout[index], weights.bias[index][:, None]], 1)
+        self._history = np.zeros((decays, experts + rank), np.float32)  # decayed uses, and z of each decay
+        self._uses, self._state = self._history[:, :experts], self._history[:, experts:]
+        self._every, self._z = np.ones(decays, np.float32), np.ones(rank + 1, np.float32)
+        self._used = np.zeros(experts, np.float32)
+        self._shape, self._split = (decays, rank), decays * rank
+        self._scores: list[float] = weights.bias[index].tolist()
+        self._latest: Sequence[int] = ()
+        self._added = np.zeros(self._rows.shape[1], np.float32)  # by the latest event, once it is asked for
+        self._is_added = self._is_settled = True
+        self._is_fresh = False  # _scores are those of the coming event
+
+    def touch(self, experts: Sequence[int]) -> None:
+        """See LayerPolicy."""
+        self.settle()  # the event before, if nobody refreshed since
+        self._latest, self._is_added, self._is_settled = experts, False, False
+        self._owner.touched(self._index)
+
+    def victim(self, keep: AbstractSet[int]) -> int | None:
+        """See LayerPolicy."""
+        if self._owner.current != self._index:  # gives for another layer: its own event is over
+            self.settle()
+        if not self._is_fresh:
+            self.forecast()
+        return super().victim(keep)
+
+    def settle(self) -> None:
+        """Take the latest event into the layer's history."""
+        if self._is_settled:
+            return
+        added = self.added()
+        self._history *= self._decays
+        self._used[:] = 0
+        self._used[self._latest] = 1
+        self._uses += self._used
+        self._state += added[: self._split].reshape(self._shape)
+        self._is_settled, self._is_fresh = True, False
+
+    def outdate(self) -> None:
+        """A layer before has something new."""
+        self._is_fresh = False
+
+    def added(self) -> F32:
+        """What the latest event adds to this layer's z, and to those of the layers after it."""
+        if not self._is_added:
+            np.add.reduce(self._rows.take(self._latest, 0), 0, out=self._added)
+            self._is_added = True
+        return self._added
+
+    def forecast(self) -> None:
+        """For the event after those that are settled."""
+        z = self._z[:-1]  # the last one is always 1, for the bias
+        np.dot(self._every, self._state, out=z)
+        rank = len(z)
+        for n, layer in enumerate(self._owner.before(self._index)):
+            begin = self._split + n * rank
+            z += layer.added()[begin : begin + rank]
+        scores: list[float] = (self._direct @ self._uses + self._readout @ self._z).tolist()
+        self._scores, self._order, self._is_fresh = scores, None, True

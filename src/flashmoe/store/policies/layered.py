@@ -1,0 +1,75 @@
+"""One policy for each layer, and layers that share the pool evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flashmoe.store.policies.base import LayerPolicy
+
+
+class Layered:
+    """Evicts from the layer that holds the most experts; there, whichever its own policy names.
+
+    Plain LRU over all layers never hits when the pool is smaller than one token's working set (layers x k),
+    because layers are visited in a cycle: what is needed next is always what left last.  Keeping the layers equally
+    large gives every layer its share of hits at any pool size.  Between layers of equal size the one visited last
+    gives, since it will be needed last.  Cost beside the layers' own: O(1) an event.
+    """
+
+    def __init__(self, make: Callable[[int], LayerPolicy], refresh: Callable[[], None] | None = None) -> None:
+        """make: the policy of the layer with this number; called when the layer is first heard of."""
+        self._make, self._refresh = make, refresh
+        self._layers: dict[int, LayerPolicy] = {}
+        self._sizes: dict[int, int] = {}  # layer -> resident experts
+        self._by_size: dict[int, dict[int, None]] = {}  # number of experts -> layers, last visited last
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """See Policy."""
+        self._layer(layer).touch(experts)
+        size = self._sizes[layer]
+        if size:
+            peers = self._by_size[size]
+            del peers[layer]
+            peers[layer] = None
+
+    def insert(self, layer: int, expert: int) -> None:
+        """See Policy."""
+        self._layer(layer).insert(expert)
+        self._resize(layer, 1)
+
+    def remove(self, layer: int, expert: int) -> None:
+        """See Policy."""
+        self._layers[layer].remove(expert)
+        self._resize(layer, -1)
+
+    def victim(self, layer: int, keep: frozenset[int] | set[int]) -> tuple[int, int] | None:
+        """See Policy."""
+        for size in sorted(self._by_size, reverse=True):
+            for candidate in reversed(self._by_size[size]):
+                expert = self._layers[candidate].victim(keep if candidate == layer else frozenset())
+                if expert is not None:
+                    return candidate, expert
+        return None
+
+    def refresh(self) -> None:
+        """See Policy."""
+        if self._refresh is not None:
+            self._refresh()
+
+    def _layer(self, layer: int) -> LayerPolicy:
+        policy = self._layers.get(layer)
+        if policy is None:
+            policy = self._layers[layer] = self._make(layer)
+            self._sizes[layer] = 0
+        return policy
+
+    def _resize(self, layer: int, by: int) -> None:
+        old = self._sizes[layer]
+        self._sizes[layer] = new = old + by
+        if old:
+            peers = self._by_size[old]
+            del peers[layer]
+            if not peers:
+                del self._by_size[old]
+        if new:
+            self._by_size.setdefault(new, {})[layer] = None
