@@ -117,21 +117,8 @@ def load(path: Path, options: EngineOptions) -> Parts:
     )
     token_nbytes = _token_nbytes(bundle, per_token) + architecture.state_traffic()
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]
-    parts = Parts(
-        bundle,
-        plan,
-        ops,
-        reader,
-        weights,
-        cache,
-        experts,
-        warming,
-        model,
-        states,
-        drive,
-        token_nbytes,
-        recorder,
-    )
+    head = (bundle, plan, ops, reader, weights, cache, experts, warming, model, states, drive)
+    parts = Parts(*head, token_nbytes, recorder)
     warming.begin(cache, plan.slots, plan.record_nbytes)
     return parts
 
