@@ -173,9 +173,11 @@ def engine(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngi
     """The engine that every LLM of the test gets."""
     from flashmoe.chat import llm as llm_module  # here: only these tests need the whole package
 
+    config = json.loads((_DEMO / "config.json").read_text()) | {"num_experts_per_tok": 4, "vocab_size": 320}
     bundle = SimpleNamespace(
         path=tokenizer_dir,
-        text_config={"num_experts_per_tok": 4, "vocab_size": 320},
+        config=config,
+        text_config=config,
         generation_config={"temperature": 0.6, "top_k": 20},
         expert_layers=[SimpleNamespace(count=8), SimpleNamespace(count=8)],
     )
