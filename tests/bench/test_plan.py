@@ -187,6 +187,7 @@ def test_refusals_come_before_measurements(
     assert "qwen3_next" in refused(other)
     assert "the model has" in refused(CONFIG, "--experts-per-token", "1000")
     assert "positions" in refused(CONFIG, "--context", str(1 << 30))
+    assert "5 bits" in refused(CONFIG, "--bits", "5").replace("'", "")
     assert "does not exist" in refused(tmp_path / "nowhere")
     other.write_text("{")
     assert str(other) in refused(other)
@@ -194,7 +195,7 @@ def test_refusals_come_before_measurements(
 
 @pytest.mark.parametrize(
     "option",
-    ["--memory=1GiB,x", "--memory=", "--drive=0", "--drive=nan", "--int8=-1", "--bits=5", "--prompt=a"],
+    ["--memory=1GiB,x", "--memory=", "--drive=0", "--drive=nan", "--int8=-1", "--prompt=a"],
 )
 def test_wrong_options_are_wrong_usage(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(CONFIG), option]) == 2
