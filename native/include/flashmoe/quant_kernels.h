@@ -55,28 +55,39 @@ inline int64_t plane_index(int64_t groups, int64_t tokens, int64_t token, int64_
   return first * groups + g * (left < kTokenBlock ? left : kTokenBlock) + (token - first);
 }
 
-// Activations of some tokens; planes are indexed by plane_index.  high is null on the f32 path.
+// Where the rows of a group begin that a block's tokens bring to its products: `count` high planes in the order
+// of the tokens, then `count` low planes, those that count first.  A product takes as many of these neighbours
+// as it needs; low planes that lay elsewhere cost it twice their number in multiplications.
+inline int64_t first_row(int64_t groups, int64_t first_token, int64_t count, int64_t g) {
+  return 2 * (first_token * groups + g * count);
+}
+
+// Activations of some tokens as the integer products read them; arrays of two rows a token and group are indexed
+// by first_row, `fine` and `low_at` by plane_index, `marked` by block * groups + group.
+struct PlaneRows {
+  int8_t* codes = nullptr;    // `group` bytes a row
+  float* scale = nullptr;     // of a low plane: that of its high one / 128
+  float* sum = nullptr;       // with the low plane where fine; 0 for a low plane
+  float* fine_sum = nullptr;  // with the low plane everywhere; 0 for a low plane
+  uint8_t* token = nullptr;   // of the block
+  uint8_t* fine = nullptr;    // the low plane counts
+  uint8_t* low_at = nullptr;  // which of the low planes is the token's
+  uint8_t* marked = nullptr;  // low planes that count
+  int64_t tokens = 0;
+};
+
+// Activations of some tokens.
 struct Activations {
-  const int8_t* high = nullptr;   // `group` bytes an index
-  const int8_t* low = nullptr;    // `group` bytes an index
-  const uint8_t* fine = nullptr;  // the low plane counts; null: it counts everywhere
-  const float* scale = nullptr;
-  const float* sum = nullptr;
-  const float* x = nullptr;  // [tokens, cols], f32 path
+  PlaneRows rows;           // int8 path; its codes are null on the f32 path
+  bool precise = false;     // low planes count everywhere
+  const float* x = nullptr;     // [tokens, cols], f32 path
+  const float* sums = nullptr;  // f32 path, indexed by plane_index
   int64_t tokens = 0;
   int64_t cols = 0;
 };
 
-// Where the activations of one token go; the arrays of Activations, `tokens` rows each.
-struct QuantizedRows {
-  int8_t* high = nullptr;
-  int8_t* low = nullptr;
-  uint8_t* fine = nullptr;
-  float* scale = nullptr;
-  float* sum = nullptr;       // with the low plane where fine
-  float* fine_sum = nullptr;  // with the low plane everywhere
-  int64_t tokens = 0;
-};
+// Brings the low planes that count to the front, for the block of tokens that begins with `first`.
+void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t first);
 
 // Where the results of a product go, for each token of the activations.
 struct TokenRows {
@@ -104,10 +115,11 @@ struct Glu {
 constexpr int64_t kPeakMultiplyAdds = 1024 * 12;  // of one round of multiply_registers
 
 struct QuantKernels {
-  // Row `token` of the planes: high = round(x / scale) with scale = amax / 127, low = round(128 * the rest);
-  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.
+  // A token's planes: high = round(x / scale) with scale = amax / 127, low = round(128 * the rest);
+  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.  When all
+  // tokens of a block are there, order_low_planes (below) has to follow.
   void (*quantize)(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
-                   const QuantizedRows& out);
+                   const PlaneRows& out);
   // Group sums alone, for the f32 path: sum[plane_index].
   void (*group_sums)(const float* x, int64_t cols, int group, int64_t token, int64_t tokens, float* sum);
   // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.

@@ -44,25 +44,18 @@ class PlaneBuffer {
   // Room for `values` activations in groups of at least 32.
   void reserve(int64_t values);
   // Rows and groups from value `offset` on, which is a multiple of 64; `tokens` rows.
-  QuantizedRows rows(int64_t offset, int64_t tokens);
+  PlaneRows rows(int64_t offset, int64_t tokens);
   int64_t nbytes() const;
 
  private:
-  GrowOnly<int8_t> high_, low_;
-  GrowOnly<uint8_t> fine_;
+  GrowOnly<int8_t> codes_;
   GrowOnly<float> scale_, sum_, fine_sum_;
+  GrowOnly<uint8_t> token_, fine_, low_at_, marked_;
 };
 
 // The planes as kernels read them; precise: the low plane counts in every group.
-inline Activations activations_of(const QuantizedRows& rows, bool precise, int64_t cols) {
-  return {rows.high,
-          rows.low,
-          precise ? nullptr : rows.fine,
-          rows.scale,
-          precise ? rows.fine_sum : rows.sum,
-          nullptr,
-          rows.tokens,
-          cols};
+inline Activations activations_of(const PlaneRows& rows, bool precise, int64_t cols) {
+  return {rows, precise, nullptr, nullptr, rows.tokens, cols};
 }
 
 // Quantised (or, on the f32 path, referenced) activations of some tokens, ready for any number of products.
@@ -75,7 +68,7 @@ class TokenInput {
   // precise: the low plane counts in every group.
   Activations view(bool precise) const;
   // Copies the rows `chosen` to `to` (int8 path) or `x` (f32 path, with their group sums to `sums`).
-  void gather(std::span<const int32_t> chosen, bool precise, const QuantizedRows& to) const;
+  void gather(std::span<const int32_t> chosen, bool precise, const PlaneRows& to) const;
   void gather_f32(std::span<const int32_t> chosen, float* x, float* sums) const;
   int64_t tokens() const { return tokens_; }
   int64_t cols() const { return cols_; }
@@ -85,7 +78,7 @@ class TokenInput {
  private:
   PlaneBuffer planes_;
   GrowOnly<float> f32_sums_;
-  QuantizedRows rows_;
+  PlaneRows rows_;
   const float* x_ = nullptr;
   int64_t tokens_ = 0, cols_ = 0;
   int group_ = 0;

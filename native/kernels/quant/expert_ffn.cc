@@ -90,7 +90,7 @@ void QuantOps::gather(Job& job, std::span<const int32_t> tokens) {
   const std::span<const int32_t> mine =
       tokens.subspan(static_cast<size_t>(job.work.first), static_cast<size_t>(count));
   if (int8_) {
-    const QuantizedRows rows = gathered_planes_.rows(job.gathered, count);
+    const PlaneRows rows = gathered_planes_.rows(job.gathered, count);
     input.gather(mine, job.work.precise, rows);
     job.input = activations_of(rows, job.work.precise, input.cols());
     return;
@@ -101,7 +101,7 @@ void QuantOps::gather(Job& job, std::span<const int32_t> tokens) {
   input.gather_f32(mine, x, sums);
   job.input = {};
   job.input.x = x;
-  job.input.sum = sums;
+  job.input.sums = sums;
   job.input.tokens = count;
   job.input.cols = input.cols();
 }
@@ -111,7 +111,7 @@ Activations QuantOps::hidden_view(const Job& job) {
   if (int8_) return activations_of(hidden_planes_.rows(job.offset, count), job.work.precise, job.width());
   Activations view;
   view.x = hidden_.data() + job.offset;
-  view.sum = hidden_sums_.data() + job.offset / 32;
+  view.sums = hidden_sums_.data() + job.offset / 32;
   view.tokens = count;
   view.cols = job.width();
   return view;
@@ -139,6 +139,11 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint
       kernels_.group_sums(row, width, layout.down.group, t, job.work.count,
                           hidden_sums_.data() + job.offset / 32);
     }
+  }
+  if (!int8_) return;
+  const PlaneRows rows = hidden_planes_.rows(job.offset, job.work.count);
+  for (int64_t first = 0; first < job.work.count; first += kTokenBlock) {
+    order_low_planes(rows, layout.down.groups, layout.down.group, first);
   }
 }
 

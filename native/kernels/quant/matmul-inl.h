@@ -8,6 +8,10 @@
 
 constexpr int64_t kTilesWritten = 8;  // row tiles whose results are written together: 512 bytes of a row
 constexpr int64_t kWriteAhead = 4;    // tokens
+// Tokens that meet the same row tiles before the next ones are read: with 2,048 columns their planes and eight
+// tiles are 0.7 MiB of a second-level cache.  Block by block, all tiles came eight times from the third for 512
+// tokens, which neighbours on the machine share.
+constexpr int64_t kTokensKept = 4 * kTokenBlock;
 // Bytes ahead, for one token and for more.  Against 2048, which is about what one core has in flight at full
 // bandwidth, one token takes 13 % less time, four tokens an expert 20 % and sixteen 14 %.
 constexpr int64_t kPrefetchOne = 9216, kPrefetchMany = 4608;
@@ -17,15 +21,15 @@ struct TokenBlock {
   const Activations* x;
   int64_t first;
   int64_t count;
-  const uint64_t* fine;  // per group: bit t set when token t has a low plane; null: all have
 };
 
-// What the tokens of a block need of one group.
+// What the tokens of a block bring to one group: their high planes, then the low ones that count.
 struct GroupRows {
-  const int8_t* high;
-  const int8_t* low;
+  const int8_t* codes;
   const float* scale;
   const float* sum;
+  const uint8_t* token;
+  int64_t count;
 };
 
 // One tile and what its rows are scaled with.
@@ -43,11 +47,11 @@ FLASHMOE_INLINE I32x16 dot4_at(I32x16 acc, U8x64 codes, int bits, const int8_t* 
 }
 #endif
 
-// Exact integer products of one group with n (<= kTogether) rows of activations, `stride` bytes apart.  One
-// base address: with an address for each row the compiler ran out of registers, and a third of the speed was
-// gone.  Few rows get several chains each.
-FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, const int8_t* x, int64_t stride,
-                                int n, I32x16* d) {
+// Exact integer products of one group with n (<= kTogether) rows of activations.  One base address: with an
+// address for each row the compiler ran out of registers, and a third of the speed was gone.  Few rows get
+// several chains each.
+FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, const int8_t* x, int n,
+                                I32x16* d) {
   const int chains = kTogether / n >= 4 ? 4 : kTogether / n >= 2 ? 2 : 1;
   I32x16 sums[4 * kTogether];
   FLASHMOE_UNROLL(32)
@@ -58,7 +62,7 @@ FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, co
     FLASHMOE_UNROLL(8)
     for (int j = 0; j < n; ++j) {
       I32x16& sum = sums[j * chains + i % chains];
-      sum = dot4_at(sum, column, shape.bits, x + j * stride + 4 * i);
+      sum = dot4_at(sum, column, shape.bits, x + j * shape.group + 4 * i);
     }
   }
   FLASHMOE_UNROLL(8)
@@ -70,43 +74,26 @@ FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, co
   }
 }
 
-FLASHMOE_INLINE F32x16 add_low(F32x16 acc, I32x16 d, F32x16 scales, float scale) {
-  return fma(to_f32(d), mul(scales, set1(scale * (1.0f / kLowLevels))), acc);
-}
-
-// n tokens from the t-th on, together.
-FLASHMOE_INLINE void add_tokens(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t t,
-                                int n, bool precise, float* acc) {
+// n rows from the r-th on, together.
+FLASHMOE_INLINE void add_rows(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t r, int n,
+                              float* acc) {
   I32x16 d[kTogether];
-  float* a = acc + t * kTileRows;
-  if (n == 1 && precise) {  // both planes of one token as two rows: the codes are unpacked once
-    const int8_t* high = rows.high + t * shape.group;
-    group_dots(tile.codes, shape, high, rows.low + t * shape.group - high, 2, d);
-    const F32x16 scaled = mul(tile.scales, set1(rows.scale[t]));
-    const F32x16 sum = fma(tile.biases, set1(rows.sum[t]), fma(to_f32(d[0]), scaled, load(a)));
-    return store(a, add_low(sum, d[1], tile.scales, rows.scale[t]));
-  }
-  group_dots(tile.codes, shape, rows.high + t * shape.group, shape.group, n, d);
+  group_dots(tile.codes, shape, rows.codes + r * shape.group, n, d);
   FLASHMOE_UNROLL(8)
   for (int j = 0; j < n; ++j) {
-    const F32x16 scaled = mul(tile.scales, set1(rows.scale[t + j]));
-    const F32x16 sum = fma(to_f32(d[j]), scaled, load(a + j * kTileRows));
-    store(a + j * kTileRows, fma(tile.biases, set1(rows.sum[t + j]), sum));
-  }
-  if (!precise) return;
-  group_dots(tile.codes, shape, rows.low + t * shape.group, shape.group, n, d);
-  FLASHMOE_UNROLL(8)
-  for (int j = 0; j < n; ++j) {
-    store(a + j * kTileRows, add_low(load(a + j * kTileRows), d[j], tile.scales, rows.scale[t + j]));
+    float* a = acc + rows.token[r + j] * kTileRows;
+    const F32x16 scaled = mul(tile.scales, set1(rows.scale[r + j]));
+    const F32x16 sum = fma(to_f32(d[j]), scaled, load(a));
+    store(a, fma(tile.biases, set1(rows.sum[r + j]), sum));
   }
 }
 
-// As add_tokens, with n known at run time only.
-FLASHMOE_INLINE void add_batch(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t t,
-                               int n, bool precise, float* acc) {
-#define FLASHMOE_BATCH_OF(size)                                                  \
-  case size:                                                                     \
-    if (size <= kTogether) add_tokens(tile, shape, rows, t, size, precise, acc); \
+// As add_rows, with n known at run time only.
+FLASHMOE_INLINE void add_batch(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t r,
+                               int n, float* acc) {
+#define FLASHMOE_BATCH_OF(size)                                       \
+  case size:                                                          \
+    if (size <= kTogether) add_rows(tile, shape, rows, r, size, acc); \
     return;
   switch (n) {
     FLASHMOE_BATCH_OF(1)
@@ -121,59 +108,26 @@ FLASHMOE_INLINE void add_batch(const Tile& tile, const TileShape& shape, const G
 #undef FLASHMOE_BATCH_OF
 }
 
-// The low planes of the tokens in `marked`, two at a time.
-FLASHMOE_INLINE void add_low_planes(const Tile& tile, const TileShape& shape, const GroupRows& rows,
-                                    uint64_t marked, float* acc) {
-  I32x16 d[kTogether];
-  while (marked != 0) {
-    const int64_t one = __builtin_ctzll(marked);
-    marked &= marked - 1;
-    float* a = acc + one * kTileRows;
-    const int8_t* x = rows.low + one * shape.group;
-    if (marked == 0) {
-      group_dots(tile.codes, shape, x, 0, 1, d);
-      store(a, add_low(load(a), d[0], tile.scales, rows.scale[one]));
-      return;
-    }
-    const int64_t other = __builtin_ctzll(marked);
-    marked &= marked - 1;
-    float* b = acc + other * kTileRows;
-    group_dots(tile.codes, shape, x, (other - one) * shape.group, 2, d);
-    store(a, add_low(load(a), d[0], tile.scales, rows.scale[one]));
-    store(b, add_low(load(b), d[1], tile.scales, rows.scale[other]));
-  }
-}
-
-// The low rows that group g will need: single lines, which no hardware prefetcher foresees.
-FLASHMOE_INLINE void prefetch_low_planes(const TokenBlock& block, const TileShape& shape, int64_t groups,
-                                         int64_t g) {
-  const int8_t* low = block.x->low + (block.first * groups + g * block.count) * shape.group;
-  for (uint64_t marked = block.fine[g]; marked != 0; marked &= marked - 1) {
-    __builtin_prefetch(low + __builtin_ctzll(marked) * shape.group);
-  }
-}
-
 FLASHMOE_INLINE GroupRows group_rows(const TokenBlock& block, const TileShape& shape, int64_t groups,
                                      int64_t g) {
-  const Activations& x = *block.x;
-  const int64_t at = block.first * groups + g * block.count;
-  return {x.high + at * shape.group, x.low + at * shape.group, x.scale + at, x.sum + at};
+  const PlaneRows& x = block.x->rows;
+  const int64_t at = first_row(groups, block.first, block.count, g);
+  const int64_t low = block.x->precise ? block.count : x.marked[block.first / kTokenBlock * groups + g];
+  return {x.codes + at * shape.group, x.scale + at, (block.x->precise ? x.fine_sum : x.sum) + at, x.token + at,
+          block.count + low};
 }
 
 // acc[t] += one group's share for every token of the block, in batches of nearly equal size: a last one of
-// one or two tokens would cost as much as five.
+// one or two rows would cost as much as five.
 FLASHMOE_INLINE void add_group_int8(const Tile& tile, const TileShape& shape, const TokenBlock& block,
                                     int64_t groups, int64_t g, float* acc) {
   const GroupRows rows = group_rows(block, shape, groups, g);
-  int64_t t = 0;
-  // One token's low plane goes with its high one: the codes are unpacked once.
-  const bool both = block.fine == nullptr || (block.count == 1 && block.fine[g] != 0);
-  for (int64_t batches = (block.count + kTogether - 1) / kTogether; batches > 0; --batches) {
-    const int64_t n = (block.count - t + batches - 1) / batches;
-    add_batch(tile, shape, rows, t, static_cast<int>(n), both, acc);
-    t += n;
+  int64_t r = 0;
+  for (int64_t batches = (rows.count + kTogether - 1) / kTogether; batches > 0; --batches) {
+    const int64_t n = (rows.count - r + batches - 1) / batches;
+    add_batch(tile, shape, rows, r, static_cast<int>(n), acc);
+    r += n;
   }
-  if (!both && block.fine[g] != 0) add_low_planes(tile, shape, rows, block.fine[g], acc);
 }
 
 #if defined(FLASHMOE_PAIRED_TILES)
@@ -197,7 +151,7 @@ FLASHMOE_INLINE void add_group_f32(const Tile& tile, const TileShape& shape, con
     const int64_t row = block.first + t;
     const F32x16 d = group_dot_f32(columns, shape.group, x.x + row * x.cols + g * shape.group);
     float* a = acc + t * kTileRows;
-    store(a, fma(tile.biases, set1(x.sum[block.first * groups + g * block.count + t]),
+    store(a, fma(tile.biases, set1(x.sums[block.first * groups + g * block.count + t]),
                  fma(tile.scales, d, load(a))));
   }
 }
@@ -234,9 +188,8 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
   const int64_t distance = (block.count == 1 ? kPrefetchOne : kPrefetchMany) / stride;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t far = (apart && g + distance >= groups ? distance + groups : distance) * stride;
-    if (block.fine != nullptr && g + 1 < groups) prefetch_low_planes(block, shape, groups, g + 1);
 #if defined(FLASHMOE_PAIRED_TILES)
-    if (tiles == 2 && block.count > 1 && block.x->high != nullptr) {
+    if (tiles == 2 && block.count > 1 && block.x->rows.codes != nullptr) {
       const Tile both[2] = {tile_at(tile[0] + g * stride, shape, ahead, far),
                             tile_at(tile[1] + g * stride, shape, ahead, far)};
       add_pair_int8(both, shape, block, groups, g, acc);
@@ -246,7 +199,7 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
     for (int p = 0; p < tiles; ++p) {
       const Tile now = tile_at(tile[p] + g * stride, shape, ahead, far);
       float* sums = acc + p * kTokenBlock * kTileRows;
-      if (block.x->high != nullptr) {
+      if (block.x->rows.codes != nullptr) {
         add_group_int8(now, shape, block, groups, g, sums);
       } else {
         add_group_f32(now, shape, block, groups, g, sums);
@@ -299,15 +252,6 @@ __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t
   tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
 }
 
-FLASHMOE_INLINE void mark_fine(const TokenBlock& block, int64_t groups, uint64_t* fine) {
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* flags = block.x->fine + block.first * groups + g * block.count;
-    uint64_t mask = 0;
-    for (int64_t t = 0; t < block.count; ++t) mask |= static_cast<uint64_t>(flags[t]) << t;
-    fine[g] = mask;
-  }
-}
-
 FLASHMOE_INLINE int64_t rows_of(const TileMatrix& w, int64_t rt) {
   return w.rows - rt * kTileRows < kTileRows ? w.rows - rt * kTileRows : kTileRows;
 }
@@ -316,12 +260,9 @@ FLASHMOE_INLINE float* out_row(const TokenRows& tokens, int64_t token, float* ou
   return out + (tokens.out != nullptr ? tokens.out[token] : token) * out_stride;
 }
 
-FLASHMOE_INLINE TokenBlock token_block(const Activations& x, int64_t groups, int64_t first, uint64_t* fine) {
+FLASHMOE_INLINE TokenBlock token_block(const Activations& x, int64_t first) {
   const int64_t left = x.tokens - first;
-  const TokenBlock block{&x, first, left < kTokenBlock ? left : kTokenBlock,
-                         x.fine != nullptr ? fine : nullptr};
-  if (x.fine != nullptr) mark_fine(block, groups, fine);
-  return block;
+  return {&x, first, left < kTokenBlock ? left : kTokenBlock};
 }
 
 // Results of `tiles` row tiles for a block's tokens: acc [tiles, kTokenBlock, 16] to the rows of out.  Rows
@@ -346,24 +287,32 @@ FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, c
   }
 }
 
+// Row tiles [begin, end), at most kTilesWritten, times one block of tokens; acc: [kTilesWritten, kTokenBlock, 16].
+FLASHMOE_INLINE void matmul_block(const TileMatrix& w, const TokenRows& tokens, const TokenBlock& block,
+                                  const Ahead& ahead, int64_t begin, int64_t end, float* acc, float* out,
+                                  int64_t out_stride) {
+  // Few tokens wait for memory, and one stream of it is faster than two 18 KiB apart (22 against 12 GB/s).
+  const int64_t together = block.x->tokens < 4 ? 1 : 2;
+  for (int64_t rt = begin; rt < end; rt += together) {
+    const int tiles = static_cast<int>(end - rt < together ? end - rt : together);
+    const uint8_t* tile[2] = {w.tiles + rt * w.groups * w.tile_stride,
+                              w.tiles + (rt + 1) * w.groups * w.tile_stride};
+    multiply_block(w, tile, tiles, ahead, block, acc + (rt - begin) * kTokenBlock * kTileRows);
+  }
+  write_block(w, tokens, block, begin, end - begin, acc, out, out_stride);
+}
+
 void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
             int64_t tile_end, float* out, int64_t out_stride) {
   alignas(64) float acc[kTilesWritten * kTokenBlock * kTileRows];
-  uint64_t fine[kMaxGroups];
   const Ahead ahead = ahead_of(w, tile_end);
-  // Few tokens wait for memory, and one stream of it is faster than two 18 KiB apart (22 against 12 GB/s).
-  const int64_t together = x.tokens < 4 ? 1 : 2;
-  for (int64_t first = 0; first < x.tokens; first += kTokenBlock) {
-    const TokenBlock block = token_block(x, w.groups, first, fine);
+  for (int64_t first = 0; first < x.tokens; first += kTokensKept) {
+    const int64_t last = x.tokens - first < kTokensKept ? x.tokens : first + kTokensKept;
     for (int64_t begin = tile_begin; begin < tile_end; begin += kTilesWritten) {
       const int64_t end = tile_end - begin < kTilesWritten ? tile_end : begin + kTilesWritten;
-      for (int64_t rt = begin; rt < end; rt += together) {
-        const int tiles = static_cast<int>(end - rt < together ? end - rt : together);
-        const uint8_t* tile[2] = {w.tiles + rt * w.groups * w.tile_stride,
-                                  w.tiles + (rt + 1) * w.groups * w.tile_stride};
-        multiply_block(w, tile, tiles, ahead, block, acc + (rt - begin) * kTokenBlock * kTileRows);
+      for (int64_t token = first; token < last; token += kTokenBlock) {
+        matmul_block(w, tokens, token_block(x, token), ahead, begin, end, acc, out, out_stride);
       }
-      write_block(w, tokens, block, begin, end - begin, acc, out, out_stride);
     }
   }
 }
@@ -385,10 +334,9 @@ FLASHMOE_INLINE F32x16 joined(const Glu& glu, int64_t row, F32x16 gate, F32x16 u
 void matmul_glu(const TileMatrix& w, const Glu& glu, const Activations& x, const TokenRows& tokens,
                 int64_t tile_begin, int64_t tile_end, float* out, int64_t out_stride) {
   alignas(64) float acc[2 * kTokenBlock * kTileRows];
-  uint64_t fine[kMaxGroups];
   const Ahead ahead = ahead_of(w, tile_end);
   for (int64_t first = 0; first < x.tokens; first += kTokenBlock) {
-    const TokenBlock block = token_block(x, w.groups, first, fine);
+    const TokenBlock block = token_block(x, first);
     for (int64_t rt = tile_begin; rt < tile_end; ++rt) {
       const uint8_t* gate = w.tiles + rt * w.groups * w.tile_stride;
       const uint8_t* tile[2] = {gate, gate + w.tile_stride / 2};

@@ -4,12 +4,9 @@
 // inside the product each product is a load too, and two loads a cycle are all there are: the load ports
 // were as busy as the multipliers.
 
-// Marked tokens whose low planes are taken together: their rows are not neighbours, each needs an address.
-constexpr int kLowTogether = 4;
-
 // Exact integer products of one group of two tiles with n rows of activations.
-FLASHMOE_INLINE void pair_dots(const uint8_t* const* codes, const TileShape& shape, const int8_t* const* x,
-                               int n, I32x16 (*d)[kTogether]) {
+FLASHMOE_INLINE void pair_dots(const uint8_t* const* codes, const TileShape& shape, const int8_t* x, int n,
+                               I32x16 (*d)[kTogether]) {
   const int chains = n >= 4 ? 1 : n >= 2 ? 2 : 4;
   I32x16 sums[2][4 * kTogether];
   FLASHMOE_UNROLL(32)
@@ -20,7 +17,7 @@ FLASHMOE_INLINE void pair_dots(const uint8_t* const* codes, const TileShape& sha
     const U8x64 second = column_values(codes[1], shape, i);
     FLASHMOE_UNROLL(8)
     for (int j = 0; j < n; ++j) {
-      const I32x16 x4 = broadcast4(x[j] + 4 * i);
+      const I32x16 x4 = broadcast4(x + j * shape.group + 4 * i);
       const int at = j * chains + i % chains;
       sums[0][at] = dot4_with(sums[0][at], first, x4);
       sums[1][at] = dot4_with(sums[1][at], second, x4);
@@ -51,89 +48,43 @@ struct PairSums {
   }
 };
 
-// The low planes of n tokens, `token` their places in the block.
-FLASHMOE_INLINE void add_pair_low(const Tile* tile, const TileShape& shape, const GroupRows& rows,
-                                  const int64_t* token, int n, float* acc) {
+// n rows from the r-th on.
+FLASHMOE_INLINE void add_pair_rows(const Tile* tile, const TileShape& shape, const GroupRows& rows, int64_t r,
+                                   int n, float* acc) {
   const uint8_t* const codes[2] = {tile[0].codes, tile[1].codes};
-  const int8_t* x[kTogether];
-  FLASHMOE_UNROLL(8)
-  for (int j = 0; j < n; ++j) x[j] = rows.low + token[j] * shape.group;
   I32x16 d[2][kTogether];
-  pair_dots(codes, shape, x, n, d);
+  pair_dots(codes, shape, rows.codes + r * shape.group, n, d);
   FLASHMOE_UNROLL(8)
   for (int j = 0; j < n; ++j) {
-    PairSums sums(acc + token[j] * kTileRows);
-    sums.first = add_low(sums.first, d[0][j], tile[0].scales, rows.scale[token[j]]);
-    sums.second = add_low(sums.second, d[1][j], tile[1].scales, rows.scale[token[j]]);
-    sums.put();
-  }
-}
-
-// n tokens from the t-th on.
-FLASHMOE_INLINE void add_pair_tokens(const Tile* tile, const TileShape& shape, const GroupRows& rows,
-                                     int64_t t, int n, bool precise, float* acc) {
-  const uint8_t* const codes[2] = {tile[0].codes, tile[1].codes};
-  const int8_t* x[kTogether];
-  int64_t token[kTogether];
-  FLASHMOE_UNROLL(8)
-  for (int j = 0; j < n; ++j) {
-    token[j] = t + j;
-    x[j] = rows.high + (t + j) * shape.group;
-  }
-  I32x16 d[2][kTogether];
-  pair_dots(codes, shape, x, n, d);
-  FLASHMOE_UNROLL(8)
-  for (int j = 0; j < n; ++j) {
-    PairSums sums(acc + (t + j) * kTileRows);
-    const F32x16 scale = set1(rows.scale[t + j]), sum = set1(rows.sum[t + j]);
+    PairSums sums(acc + rows.token[r + j] * kTileRows);
+    const F32x16 scale = set1(rows.scale[r + j]), sum = set1(rows.sum[r + j]);
     sums.first = fma(tile[0].biases, sum, fma(to_f32(d[0][j]), mul(tile[0].scales, scale), sums.first));
     sums.second = fma(tile[1].biases, sum, fma(to_f32(d[1][j]), mul(tile[1].scales, scale), sums.second));
     sums.put();
   }
-  if (precise) add_pair_low(tile, shape, rows, token, n, acc);
 }
 
-// As add_pair_tokens, with n known at run time only.
-FLASHMOE_INLINE void add_pair_batch(const Tile* tile, const TileShape& shape, const GroupRows& rows,
-                                    int64_t t, int n, bool precise, float* acc) {
+// As add_pair_rows, with n known at run time only.
+FLASHMOE_INLINE void add_pair_batch(const Tile* tile, const TileShape& shape, const GroupRows& rows, int64_t r,
+                                    int n, float* acc) {
   static_assert(kTogether == 8);
   switch (n) {
     case 1:
-      return add_pair_tokens(tile, shape, rows, t, 1, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 1, acc);
     case 2:
-      return add_pair_tokens(tile, shape, rows, t, 2, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 2, acc);
     case 3:
-      return add_pair_tokens(tile, shape, rows, t, 3, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 3, acc);
     case 4:
-      return add_pair_tokens(tile, shape, rows, t, 4, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 4, acc);
     case 5:
-      return add_pair_tokens(tile, shape, rows, t, 5, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 5, acc);
     case 6:
-      return add_pair_tokens(tile, shape, rows, t, 6, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 6, acc);
     case 7:
-      return add_pair_tokens(tile, shape, rows, t, 7, precise, acc);
+      return add_pair_rows(tile, shape, rows, r, 7, acc);
     default:
-      return add_pair_tokens(tile, shape, rows, t, 8, precise, acc);
-  }
-}
-
-// The low planes of the tokens in `marked`.
-FLASHMOE_INLINE void add_marked_low(const Tile* tile, const TileShape& shape, const GroupRows& rows,
-                                    uint64_t marked, float* acc) {
-  while (marked != 0) {
-    int64_t token[kLowTogether];
-    int n = 0;
-    for (; n < kLowTogether && marked != 0; ++n, marked &= marked - 1) token[n] = __builtin_ctzll(marked);
-    switch (n) {
-      case 1:
-        return add_pair_low(tile, shape, rows, token, 1, acc);
-      case 2:
-        return add_pair_low(tile, shape, rows, token, 2, acc);
-      case 3:
-        return add_pair_low(tile, shape, rows, token, 3, acc);
-      default:
-        add_pair_low(tile, shape, rows, token, kLowTogether, acc);
-    }
+      return add_pair_rows(tile, shape, rows, r, 8, acc);
   }
 }
 
@@ -141,11 +92,10 @@ FLASHMOE_INLINE void add_marked_low(const Tile* tile, const TileShape& shape, co
 FLASHMOE_INLINE void add_pair_int8(const Tile* tile, const TileShape& shape, const TokenBlock& block,
                                    int64_t groups, int64_t g, float* acc) {
   const GroupRows rows = group_rows(block, shape, groups, g);
-  int64_t t = 0;
-  for (int64_t batches = (block.count + kTogether - 1) / kTogether; batches > 0; --batches) {
-    const int64_t n = (block.count - t + batches - 1) / batches;
-    add_pair_batch(tile, shape, rows, t, static_cast<int>(n), block.fine == nullptr, acc);
-    t += n;
+  int64_t r = 0;
+  for (int64_t batches = (rows.count + kTogether - 1) / kTogether; batches > 0; --batches) {
+    const int64_t n = (rows.count - r + batches - 1) / batches;
+    add_pair_batch(tile, shape, rows, r, static_cast<int>(n), acc);
+    r += n;
   }
-  if (block.fine != nullptr && block.fine[g] != 0) add_marked_low(tile, shape, rows, block.fine[g], acc);
 }

@@ -17,28 +17,32 @@ constexpr int64_t kLineTokens = 16;
 
 void PlaneBuffer::reserve(int64_t values) {
   const int64_t groups = values / 32 + 2;
-  high_.at_least(values);
-  low_.at_least(values);
+  codes_.at_least(2 * values);
+  scale_.at_least(2 * groups);
+  sum_.at_least(2 * groups);
+  fine_sum_.at_least(2 * groups);
+  token_.at_least(2 * groups);
   fine_.at_least(groups);
-  scale_.at_least(groups);
-  sum_.at_least(groups);
-  fine_sum_.at_least(groups);
+  low_at_.at_least(groups);
+  marked_.at_least(groups);
 }
 
-QuantizedRows PlaneBuffer::rows(int64_t offset, int64_t tokens) {
+PlaneRows PlaneBuffer::rows(int64_t offset, int64_t tokens) {
   const int64_t group = offset / 32;
-  return {high_.data() + offset,
-          low_.data() + offset,
+  return {codes_.data() + 2 * offset,
+          scale_.data() + 2 * group,
+          sum_.data() + 2 * group,
+          fine_sum_.data() + 2 * group,
+          token_.data() + 2 * group,
           fine_.data() + group,
-          scale_.data() + group,
-          sum_.data() + group,
-          fine_sum_.data() + group,
+          low_at_.data() + group,
+          marked_.data() + group,
           tokens};
 }
 
 int64_t PlaneBuffer::nbytes() const {
-  return high_.nbytes() + low_.nbytes() + fine_.nbytes() + scale_.nbytes() + sum_.nbytes() +
-         fine_sum_.nbytes();
+  return codes_.nbytes() + scale_.nbytes() + sum_.nbytes() + fine_sum_.nbytes() + token_.nbytes() +
+         fine_.nbytes() + low_at_.nbytes() + marked_.nbytes();
 }
 
 void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens,
@@ -59,6 +63,11 @@ void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float*
       }
     }
   });
+  if (int8) {
+    pool.parallel_for(tasks_of(tokens, kTokenBlock), [&](int64_t block) {
+      order_low_planes(rows_, cols / group, group, block * kTokenBlock);
+    });
+  }
   x_ = x;
   tokens_ = tokens;
   cols_ = cols;
@@ -70,7 +79,7 @@ Activations TokenInput::view(bool precise) const {
   if (int8_) return activations_of(rows_, precise, cols_);
   Activations view;
   view.x = x_;
-  view.sum = f32_sums_.data();
+  view.sums = f32_sums_.data();
   view.tokens = tokens_;
   view.cols = cols_;
   return view;
@@ -79,30 +88,65 @@ Activations TokenInput::view(bool precise) const {
 namespace {
 
 // A constant length lets the compiler copy in registers: a call for each line took 5 % of a product.
-template <int kGroup>
-void copy_lines(const QuantizedRows& from, int64_t at, const QuantizedRows& to, int64_t to_at, bool low) {
-  std::memcpy(to.high + to_at * kGroup, from.high + at * kGroup, kGroup);
-  if (low) std::memcpy(to.low + to_at * kGroup, from.low + at * kGroup, kGroup);
+void copy_row(const PlaneRows& from, int64_t at, const PlaneRows& to, int64_t to_at, int group, int64_t token) {
+  if (group == 64) {
+    std::memcpy(to.codes + to_at * 64, from.codes + at * 64, 64);
+  } else {
+    std::memcpy(to.codes + to_at * 32, from.codes + at * 32, 32);
+  }
+  to.scale[to_at] = from.scale[at];
+  to.sum[to_at] = from.sum[at];
+  to.fine_sum[to_at] = from.fine_sum[at];
+  to.token[to_at] = static_cast<uint8_t>(token);
 }
+
+int64_t block_tokens(int64_t tokens, int64_t first) { return std::min(kTokenBlock, tokens - first); }
 
 }  // namespace
 
-void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const QuantizedRows& to) const {
-  const int64_t groups = cols_ / group_;
-  for (size_t i = 0; i < chosen.size(); ++i) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t from = plane_index(groups, tokens_, chosen[i], g);
-      const int64_t at = plane_index(groups, to.tokens, static_cast<int64_t>(i), g);
-      const bool low = precise || rows_.fine[from] != 0;
-      if (group_ == 64) {
-        copy_lines<64>(rows_, from, to, at, low);
-      } else {
-        copy_lines<32>(rows_, from, to, at, low);
+void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t first) {
+  const int64_t count = block_tokens(rows.tokens, first);
+  int8_t kept[64];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = plane_index(groups, rows.tokens, first, g);
+    const int64_t low = first_row(groups, first, count, g) + count;
+    int64_t marked = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      if (rows.fine[at + t] == 0) continue;
+      // Rows move to places up to t only: token t's own low plane is still where quantize put it.
+      const int64_t there = low + marked, here = low + t;
+      if (there != here) {
+        const size_t nbytes = static_cast<size_t>(group);
+        std::memcpy(kept, rows.codes + there * group, nbytes);
+        std::memcpy(rows.codes + there * group, rows.codes + here * group, nbytes);
+        std::memcpy(rows.codes + here * group, kept, nbytes);
+        std::swap(rows.scale[there], rows.scale[here]);
+        std::swap(rows.token[there], rows.token[here]);
+        rows.low_at[at + rows.token[there]] = static_cast<uint8_t>(marked);
+        rows.low_at[at + rows.token[here]] = static_cast<uint8_t>(t);
       }
-      to.fine[at] = rows_.fine[from];
-      to.scale[at] = rows_.scale[from];
-      to.sum[at] = rows_.sum[from];
-      to.fine_sum[at] = rows_.fine_sum[from];
+      ++marked;
+    }
+    rows.marked[first / kTokenBlock * groups + g] = static_cast<uint8_t>(marked);
+  }
+}
+
+void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const PlaneRows& to) const {
+  const int64_t groups = cols_ / group_;
+  for (int64_t first = 0; first < to.tokens; first += kTokenBlock) {
+    const int64_t count = block_tokens(to.tokens, first);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = first_row(groups, first, count, g);
+      int64_t low = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t token = chosen[static_cast<size_t>(first + t)];
+        const int64_t begin = token / kTokenBlock * kTokenBlock, many = block_tokens(tokens_, begin);
+        const int64_t from = first_row(groups, begin, many, g), at = plane_index(groups, tokens_, token, g);
+        copy_row(rows_, from + token - begin, to, row + t, group_, t);
+        if (!precise && rows_.fine[at] == 0) continue;
+        copy_row(rows_, from + many + rows_.low_at[at], to, row + count + low++, group_, t);
+      }
+      to.marked[first / kTokenBlock * groups + g] = static_cast<uint8_t>(low);
     }
   }
 }

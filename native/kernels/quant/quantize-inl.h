@@ -12,26 +12,52 @@ FLASHMOE_INLINE float mean_square(const float* x, int64_t cols) {
   return reduce_add(sum) / static_cast<float>(cols);
 }
 
+// Where group g of a token goes.
+struct PlanePlace {
+  int64_t high;  // rows
+  int64_t low;
+  int64_t at;  // plane_index
+  uint8_t token;
+};
+
+FLASHMOE_INLINE PlanePlace plane_place(int64_t groups, int64_t tokens, int64_t token, int64_t g) {
+  const int64_t first = token / kTokenBlock * kTokenBlock, left = tokens - first;
+  const int64_t count = left < kTokenBlock ? left : kTokenBlock;
+  const int64_t high = first_row(groups, first, count, g) + token - first;
+  return {high, high + count, plane_index(groups, tokens, token, g), static_cast<uint8_t>(token - first)};
+}
+
+FLASHMOE_INLINE void describe_planes(const PlaneRows& out, const PlanePlace& place, float scale, bool fine,
+                                     float sum, float fine_sum) {
+  out.fine[place.at] = fine;
+  out.low_at[place.at] = out.token[place.high] = out.token[place.low] = place.token;
+  out.scale[place.high] = scale;
+  out.scale[place.low] = scale * (1.0f / kLowLevels);
+  out.sum[place.high] = sum;
+  out.fine_sum[place.high] = fine_sum;
+  out.sum[place.low] = out.fine_sum[place.low] = 0.0f;
+}
+
 // A row that holds a NaN or an infinity (or values above 1e19) gives NaN, as on the f32 path: integers would
 // turn it into plausible numbers, different ones in every instruction set.
-void quantize_broken(int64_t cols, int group, int64_t token, const QuantizedRows& out) {
+void quantize_broken(int64_t cols, int group, int64_t token, const PlaneRows& out) {
+  const float nan = __builtin_nanf("");
   for (int64_t g = 0; g < cols / group; ++g) {
-    const int64_t at = plane_index(cols / group, out.tokens, token, g);
-    __builtin_memset(out.high + at * group, 0, static_cast<size_t>(group));
-    __builtin_memset(out.low + at * group, 0, static_cast<size_t>(group));
-    out.fine[at] = 0;
-    out.scale[at] = out.sum[at] = out.fine_sum[at] = __builtin_nanf("");
+    const PlanePlace place = plane_place(cols / group, out.tokens, token, g);
+    __builtin_memset(out.codes + place.high * group, 0, static_cast<size_t>(group));
+    __builtin_memset(out.codes + place.low * group, 0, static_cast<size_t>(group));
+    describe_planes(out, place, nan, false, nan, nan);
   }
 }
 
 void quantize(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
-              const QuantizedRows& out) {
+              const PlaneRows& out) {
   const float square = mean_square(x, cols);
   if (!__builtin_isfinite(square)) return quantize_broken(cols, group, token, out);
   const float limit = coarse_limit * coarse_limit * square;
   for (int64_t g = 0; g < cols / group; ++g) {
     const float* in = x + g * group;
-    const int64_t at = plane_index(cols / group, out.tokens, token, g);
+    const PlanePlace place = plane_place(cols / group, out.tokens, token, g);
     const float amax = largest_of(in, group);
     const bool fine = amax * amax > limit;
     // Below 1e-34 the reciprocal overflows; such a group is zero to any later arithmetic.
@@ -41,19 +67,17 @@ void quantize(const float* x, int64_t cols, int group, float coarse_limit, int64
       const F32x16 scaled = mul(load(in + i), inverse);
       const F32x16 rounded = round_even(scaled);
       const I32x16 high = round_i32(rounded);
-      store_i8(out.high + at * group + i, high);
+      store_i8(out.codes + place.high * group + i, high);
       high_sum = i32_add(high_sum, high);
       const I32x16 low = round_i32(mul(sub(scaled, rounded), set1(kLowLevels)));
-      store_i8(out.low + at * group + i, low);
+      store_i8(out.codes + place.low * group + i, low);
       low_sum = i32_add(low_sum, low);
     }
     const float scale = amax / kLevels;
-    out.fine[at] = fine;
-    out.scale[at] = scale;
     // Exact up to the last product: 64 * 127 + 64 * 64 / 128 needs 20 bits.
     const float coarse_sum = reduce_add(to_f32(high_sum));
-    out.fine_sum[at] = scale * (coarse_sum + reduce_add(to_f32(low_sum)) / kLowLevels);
-    out.sum[at] = fine ? out.fine_sum[at] : scale * coarse_sum;
+    const float fine_sum = scale * (coarse_sum + reduce_add(to_f32(low_sum)) / kLowLevels);
+    describe_planes(out, place, scale, fine, fine ? fine_sum : scale * coarse_sum, fine_sum);
   }
 }
 
