@@ -55,15 +55,15 @@ inline int64_t plane_index(int64_t groups, int64_t tokens, int64_t token, int64_
   return first * groups + g * (left < kTokenBlock ? left : kTokenBlock) + (token - first);
 }
 
-// Where the rows of a group begin that a block's tokens bring to its products: `count` high planes in the order
-// of the tokens, then `count` low planes, those that count first.  A product takes as many of these neighbours
-// as it needs; low planes that lay elsewhere cost it twice their number in multiplications.
+// Where the rows of a group begin that a block's tokens bring to its products: `count` high planes in the
+// order of the tokens, then `count` low planes, those that count first.  A product takes as many of these
+// neighbours as it needs; low planes that lay elsewhere cost it twice their number in multiplications.
 inline int64_t first_row(int64_t groups, int64_t first_token, int64_t count, int64_t g) {
   return 2 * (first_token * groups + g * count);
 }
 
-// Activations of some tokens as the integer products read them; arrays of two rows a token and group are indexed
-// by first_row, `fine` and `low_at` by plane_index, `marked` by block * groups + group.
+// Activations of some tokens as the integer products read them; arrays of two rows a token and group are
+// indexed by first_row, `fine` and `low_at` by plane_index, `marked` by block * groups + group.
 struct PlaneRows {
   int8_t* codes = nullptr;    // `group` bytes a row
   float* scale = nullptr;     // of a low plane: that of its high one / 128
@@ -78,16 +78,16 @@ struct PlaneRows {
 
 // Activations of some tokens.
 struct Activations {
-  PlaneRows rows;           // int8 path; its codes are null on the f32 path
-  bool precise = false;     // low planes count everywhere
+  PlaneRows rows;               // int8 path; its codes are null on the f32 path
+  bool precise = false;         // low planes count everywhere
   const float* x = nullptr;     // [tokens, cols], f32 path
   const float* sums = nullptr;  // f32 path, indexed by plane_index
   int64_t tokens = 0;
   int64_t cols = 0;
 };
 
-// Brings the low planes that count to the front, for the block of tokens that begins with `first`.
-void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t first);
+// Brings the low planes that count to the front, in the blocks of the tokens [begin, end).
+void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t begin, int64_t end);
 
 // Where the results of a product go, for each token of the activations.
 struct TokenRows {
@@ -116,8 +116,8 @@ constexpr int64_t kPeakMultiplyAdds = 1024 * 12;  // of one round of multiply_re
 
 struct QuantKernels {
   // A token's planes: high = round(x / scale) with scale = amax / 127, low = round(128 * the rest);
-  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.  When all
-  // tokens of a block are there, order_low_planes (below) has to follow.
+  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.  When
+  // all tokens of a block are there, order_low_planes (below) has to follow.
   void (*quantize)(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
                    const PlaneRows& out);
   // Group sums alone, for the f32 path: sum[plane_index].

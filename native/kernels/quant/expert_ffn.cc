@@ -141,10 +141,8 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint
     }
   }
   if (!int8_) return;
-  const PlaneRows rows = hidden_planes_.rows(job.offset, job.work.count);
-  for (int64_t first = 0; first < job.work.count; first += kTokenBlock) {
-    order_low_planes(rows, layout.down.groups, layout.down.group, first);
-  }
+  order_low_planes(hidden_planes_.rows(job.offset, job.work.count), layout.down.groups, layout.down.group, 0,
+                   job.work.count);
 }
 
 void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const Job* next,

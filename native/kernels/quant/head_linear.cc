@@ -51,10 +51,11 @@ void QuantOps::head_linear(const float* x, int64_t tokens, int64_t heads, int64_
   pool_.parallel_for(heads, [&](int64_t h) {
     Activations input;
     if (int8_) {
-      const QuantizedRows planes = head_planes_.rows(h * room, tokens);
+      const PlaneRows planes = head_planes_.rows(h * room, tokens);
       for (int64_t t = 0; t < tokens; ++t) {
         kernels_.quantize(x + t * x_step + h * x_width, cols, w.group, kCoarseLimit, t, planes);
       }
+      order_low_planes(planes, w.groups, w.group, 0, tokens);
       input = activations_of(planes, precise, cols);
     } else {
       float* own = head_rows_.data() + h * (room + room / 32);
@@ -63,7 +64,7 @@ void QuantOps::head_linear(const float* x, int64_t tokens, int64_t heads, int64_
         kernels_.group_sums(own + t * cols, cols, w.group, t, tokens, own + values);
       }
       input.x = own;
-      input.sum = own + values;
+      input.sums = own + values;
       input.tokens = tokens;
       input.cols = cols;
     }

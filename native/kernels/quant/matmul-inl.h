@@ -8,9 +8,9 @@
 
 constexpr int64_t kTilesWritten = 8;  // row tiles whose results are written together: 512 bytes of a row
 constexpr int64_t kWriteAhead = 4;    // tokens
-// Tokens that meet the same row tiles before the next ones are read: with 2,048 columns their planes and eight
-// tiles are 0.7 MiB of a second-level cache.  Block by block, all tiles came eight times from the third for 512
-// tokens, which neighbours on the machine share.
+// Tokens that meet the same row tiles before the next ones are read: with 2,048 columns their planes and
+// eight tiles are 0.7 MiB of a second-level cache.  Block by block, all tiles came eight times from the third
+// for 512 tokens, which neighbours on the machine share.
 constexpr int64_t kTokensKept = 4 * kTokenBlock;
 // Bytes ahead, for one token and for more.  Against 2048, which is about what one core has in flight at full
 // bandwidth, one token takes 13 % less time, four tokens an expert 20 % and sixteen 14 %.
@@ -75,8 +75,8 @@ FLASHMOE_INLINE void group_dots(const uint8_t* codes, const TileShape& shape, co
 }
 
 // n rows from the r-th on, together.
-FLASHMOE_INLINE void add_rows(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t r, int n,
-                              float* acc) {
+FLASHMOE_INLINE void add_rows(const Tile& tile, const TileShape& shape, const GroupRows& rows, int64_t r,
+                              int n, float* acc) {
   I32x16 d[kTogether];
   group_dots(tile.codes, shape, rows.codes + r * shape.group, n, d);
   FLASHMOE_UNROLL(8)
@@ -113,8 +113,8 @@ FLASHMOE_INLINE GroupRows group_rows(const TokenBlock& block, const TileShape& s
   const PlaneRows& x = block.x->rows;
   const int64_t at = first_row(groups, block.first, block.count, g);
   const int64_t low = block.x->precise ? block.count : x.marked[block.first / kTokenBlock * groups + g];
-  return {x.codes + at * shape.group, x.scale + at, (block.x->precise ? x.fine_sum : x.sum) + at, x.token + at,
-          block.count + low};
+  return {x.codes + at * shape.group, x.scale + at, (block.x->precise ? x.fine_sum : x.sum) + at,
+          x.token + at, block.count + low};
 }
 
 // acc[t] += one group's share for every token of the block, in batches of nearly equal size: a last one of
@@ -287,7 +287,8 @@ FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, c
   }
 }
 
-// Row tiles [begin, end), at most kTilesWritten, times one block of tokens; acc: [kTilesWritten, kTokenBlock, 16].
+// Row tiles [begin, end), at most kTilesWritten, times one block of tokens; acc: [kTilesWritten, kTokenBlock,
+// 16].
 FLASHMOE_INLINE void matmul_block(const TileMatrix& w, const TokenRows& tokens, const TokenBlock& block,
                                   const Ahead& ahead, int64_t begin, int64_t end, float* acc, float* out,
                                   int64_t out_stride) {

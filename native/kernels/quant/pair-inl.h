@@ -65,8 +65,8 @@ FLASHMOE_INLINE void add_pair_rows(const Tile* tile, const TileShape& shape, con
 }
 
 // As add_pair_rows, with n known at run time only.
-FLASHMOE_INLINE void add_pair_batch(const Tile* tile, const TileShape& shape, const GroupRows& rows, int64_t r,
-                                    int n, float* acc) {
+FLASHMOE_INLINE void add_pair_batch(const Tile* tile, const TileShape& shape, const GroupRows& rows,
+                                    int64_t r, int n, float* acc) {
   static_assert(kTogether == 8);
   switch (n) {
     case 1:

@@ -29,15 +29,9 @@ void PlaneBuffer::reserve(int64_t values) {
 
 PlaneRows PlaneBuffer::rows(int64_t offset, int64_t tokens) {
   const int64_t group = offset / 32;
-  return {codes_.data() + 2 * offset,
-          scale_.data() + 2 * group,
-          sum_.data() + 2 * group,
-          fine_sum_.data() + 2 * group,
-          token_.data() + 2 * group,
-          fine_.data() + group,
-          low_at_.data() + group,
-          marked_.data() + group,
-          tokens};
+  return {codes_.data() + 2 * offset,   scale_.data() + 2 * group, sum_.data() + 2 * group,
+          fine_sum_.data() + 2 * group, token_.data() + 2 * group, fine_.data() + group,
+          low_at_.data() + group,       marked_.data() + group,    tokens};
 }
 
 int64_t PlaneBuffer::nbytes() const {
@@ -65,7 +59,8 @@ void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float*
   });
   if (int8) {
     pool.parallel_for(tasks_of(tokens, kTokenBlock), [&](int64_t block) {
-      order_low_planes(rows_, cols / group, group, block * kTokenBlock);
+      const int64_t first = block * kTokenBlock;
+      order_low_planes(rows_, cols / group, group, first, first + 1);
     });
   }
   x_ = x;
@@ -88,7 +83,8 @@ Activations TokenInput::view(bool precise) const {
 namespace {
 
 // A constant length lets the compiler copy in registers: a call for each line took 5 % of a product.
-void copy_row(const PlaneRows& from, int64_t at, const PlaneRows& to, int64_t to_at, int group, int64_t token) {
+void copy_row(const PlaneRows& from, int64_t at, const PlaneRows& to, int64_t to_at, int group,
+              int64_t token) {
   if (group == 64) {
     std::memcpy(to.codes + to_at * 64, from.codes + at * 64, 64);
   } else {
@@ -102,33 +98,36 @@ void copy_row(const PlaneRows& from, int64_t at, const PlaneRows& to, int64_t to
 
 int64_t block_tokens(int64_t tokens, int64_t first) { return std::min(kTokenBlock, tokens - first); }
 
-}  // namespace
+// Exchanges two low planes of group `at` (plane_index of the block's first token), numbered from `low` on.
+void swap_low_planes(const PlaneRows& rows, int64_t at, int64_t low, int64_t i, int64_t j, int group) {
+  int8_t* a = rows.codes + (low + i) * group;
+  std::swap_ranges(a, a + group, rows.codes + (low + j) * group);
+  std::swap(rows.scale[low + i], rows.scale[low + j]);
+  std::swap(rows.token[low + i], rows.token[low + j]);
+  rows.low_at[at + rows.token[low + i]] = static_cast<uint8_t>(i);
+  rows.low_at[at + rows.token[low + j]] = static_cast<uint8_t>(j);
+}
 
-void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t first) {
+void order_block(const PlaneRows& rows, int64_t groups, int group, int64_t first) {
   const int64_t count = block_tokens(rows.tokens, first);
-  int8_t kept[64];
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = plane_index(groups, rows.tokens, first, g);
     const int64_t low = first_row(groups, first, count, g) + count;
     int64_t marked = 0;
     for (int64_t t = 0; t < count; ++t) {
       if (rows.fine[at + t] == 0) continue;
-      // Rows move to places up to t only: token t's own low plane is still where quantize put it.
-      const int64_t there = low + marked, here = low + t;
-      if (there != here) {
-        const size_t nbytes = static_cast<size_t>(group);
-        std::memcpy(kept, rows.codes + there * group, nbytes);
-        std::memcpy(rows.codes + there * group, rows.codes + here * group, nbytes);
-        std::memcpy(rows.codes + here * group, kept, nbytes);
-        std::swap(rows.scale[there], rows.scale[here]);
-        std::swap(rows.token[there], rows.token[here]);
-        rows.low_at[at + rows.token[there]] = static_cast<uint8_t>(marked);
-        rows.low_at[at + rows.token[here]] = static_cast<uint8_t>(t);
-      }
+      // Planes have moved to places up to t only: token t's own is still where quantize put it.
+      if (marked != t) swap_low_planes(rows, at, low, marked, t, group);
       ++marked;
     }
     rows.marked[first / kTokenBlock * groups + g] = static_cast<uint8_t>(marked);
   }
+}
+
+}  // namespace
+
+void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end; first += kTokenBlock) order_block(rows, groups, group, first);
 }
 
 void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const PlaneRows& to) const {
