@@ -11,6 +11,7 @@ import pytest
 
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.lookahead import AHEAD, Lookahead
+from flashmoe.engine.workbench import Workbench
 from flashmoe.errors import ConfigError
 
 
@@ -105,6 +106,19 @@ def test_a_pool_of_one_step_lends_nothing(demo_bundle: Path) -> None:
         for token in (1, 2, 3):
             engine.feed([token])
         assert engine._parts.cache.stats().total.foreseen == 0
+
+
+def test_nobody_is_asked_when_all_experts_are_in_memory(demo_bundle: Path) -> None:
+    with Engine.open(demo_bundle, EngineOptions(expert_slots=240, lookahead="on")) as engine:
+        ahead, asked = engine._parts.experts.lookahead, list[bool]()
+        ahead.guess = lambda foresight, tokens: asked.append(foresight is not None)
+        engine.feed([1])
+        assert any(asked)
+        Workbench(engine).warm()
+        asked.clear()
+        engine.feed([2])
+        assert asked
+        assert not any(asked)
 
 
 def test_an_unknown_mode_is_refused(demo_bundle: Path) -> None:

@@ -137,7 +137,7 @@ class StreamedExperts:
         everyone, experts = self._everyone[: len(shared_weights)], pairs.experts
         rows = np.concatenate([everyone, pairs.tokens])
         factors = np.concatenate([shared_weights, pairs.weights])
-        if not reads_ahead(self._slots, len(experts)):
+        if not (reads_ahead(self._slots, len(experts)) and self._reads_for_next(layer)):
             foresight = None  # a small pool cannot lend slots: what it holds for the step would leave
         lookahead.judge(layer, experts)
         with self._cache.request(layer, experts) as request:
@@ -157,6 +157,11 @@ class StreamedExperts:
                 lookahead.read(request)
                 self._run_ready(layout, group, pairs, ready, everyone[:0], None, y)
         ops.combine(y[tokens - len(everyone) :], rows, factors, out)
+
+    def _reads_for_next(self, layer: int) -> bool:
+        """Whether the next layer may miss: asking its router in vain took 3 % of a token with all experts in memory."""
+        then = self._successor.get(layer)
+        return then is not None and len(self._cache.resident_experts(then)) < len(self._every_expert)
 
     def _run_ready(
         self,
