@@ -145,3 +145,10 @@ def test_what_is_in_the_way_is_left_alone(tmp_path: Path, source: Path) -> None:
         export(bundle, tmp_path / "out", dtype="int4")
     with pytest.raises(BundleError, match="not a flashmoe bundle"):
         export(source, tmp_path / "out")
+
+
+def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    bundle = convert(GOLDEN / "family_llama", tmp_path / "bundle").path
+    with pytest.raises(ConfigError, match=r"bundle is a llama model: export knows qwen3_5_moe, qwen3_next"):
+        export(bundle, tmp_path / "out", dtype="f32")
+    assert not (tmp_path / "out").exists()

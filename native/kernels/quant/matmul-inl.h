@@ -208,6 +208,7 @@ FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, i
   }
 }
 
+#if !defined(FLASHMOE_SANITIZED)
 // Four-bit codes with a table.
 __attribute__((noinline)) void multiply_table_block(const TileMatrix& w, const TileShape& of,
                                                     const uint8_t* const* tile, int tiles, const Ahead& ahead,
@@ -219,6 +220,7 @@ __attribute__((noinline)) void multiply_table_block(const TileMatrix& w, const T
   const TileShape shape{4, 32, of.payload, of.f16, of.table};
   tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
 }
+#endif
 
 // Constant bits and group let the compiler unroll the unpacking and keep the codes in registers.
 __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
