@@ -113,8 +113,8 @@ def test_routed_experts_match(
     ops = engine._parts.ops  # the router's decisions are visible nowhere else
     plain = ops.route
 
-    def recorded(logits: Floats, k: int, experts: Any, weights: Any) -> None:
-        plain(logits, k, experts, weights)
+    def recorded(logits: Floats, k: int, experts: Any, weights: Any, renormalise: bool = True) -> None:
+        plain(logits, k, experts, weights, renormalise)
         seen.append((logits.copy(), experts.copy()))
 
     monkeypatch.setattr(ops, "route", recorded)
