@@ -62,7 +62,7 @@ def test_everything_is_resident(dense: Path) -> None:
 
 
 def test_it_generates_and_says_so(dense: Path) -> None:
-    with LLM(dense, memory="256MiB", threads=1) as llm:
+    with LLM(dense, memory="4GiB", threads=1) as llm:
         answer = llm.generate("ab", SamplingParams(temperature=0.0, max_tokens=5))
         assert answer.stats["completion_tokens"] == 5
         assert answer.stats["bytes_read"] == 0
@@ -84,7 +84,7 @@ def test_what_is_said_of_it(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert facts["attention_layers"] == 3
     assert Bundle.open(dense).expert_layers == []
     verify(Bundle.open(dense))
-    assert main(["inspect", str(dense), "--memory", "256MiB"]) == 0
+    assert main(["inspect", str(dense), "--memory", "4GiB"]) == 0
     assert "a dense model, all of it always in memory" in capsys.readouterr().out
 
 
@@ -93,7 +93,7 @@ def test_its_speed_is_foretold(dense: Path) -> None:
     machine, rates = measure_machine(dense, None, 0, 1, Given(memory=1e10, products=1e11))
     assert rates["drive"]["source"] == "not needed"
     work = model_work(json.loads((dense / "config.json").read_text()), facts, 0, "f16")
-    with Engine.open(dense, EngineOptions(threads=1, memory_bytes=1 << 28)) as engine:
+    with Engine.open(dense, EngineOptions(threads=1, memory_bytes=4 << 30)) as engine:
         report = forecast(machine, work, engine.plan, [64])
     low, high = report["decode"]["low"], report["decode"]["high"]
     assert low == high
