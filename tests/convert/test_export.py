@@ -147,8 +147,56 @@ def test_what_is_in_the_way_is_left_alone(tmp_path: Path, source: Path) -> None:
         export(source, tmp_path / "out")
 
 
-def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
-    bundle = convert(GOLDEN / "family_llama", tmp_path / "bundle").path
-    with pytest.raises(ConfigError, match=r"bundle is a llama model: export knows qwen3_5_moe, qwen3_next"):
-        export(bundle, tmp_path / "out", dtype="f32")
-    assert not (tmp_path / "out").exists()
+FAMILIES = sorted(p.name for p in GOLDEN.iterdir() if p.name.startswith("family_"))
+PUBLISHED = [*FAMILIES, "gpt_oss_bf16", "deepseek_f32", "deepseek_bf16", "hf_next_bf16"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_family_comes_back_under_the_names_and_with_the_values_it_had(tmp_path: Path, name: str) -> None:
+    """transformers wrote these, on grids that tiles hold; what converting is known to leave out is left out."""
+    bundle = convert(GOLDEN / name, tmp_path / "bundle", fit="range").path
+    report = export(bundle, tmp_path / "out", dtype="f32", shard_nbytes=100_000)
+    source, found = tensors(GOLDEN / name), tensors(report.path)
+    assert report.rounded == 0
+    last = json.loads((GOLDEN / name / "config.json").read_text())["num_hidden_layers"]
+    wanted = {key: value for key, value in source.items() if f".layers.{last}." not in key}
+    if name == "hf_next_bf16":
+        wanted = {key: value for key, value in wanted.items() if not key.startswith("mtp.")}
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert np.array_equal(found[key], value), (key, np.abs(found[key] - value).max())
+
+
+def test_mxfp4_experts_come_back_as_the_floats_that_transformers_makes_of_them(tmp_path: Path) -> None:
+    """[experts, columns, rows], as FP4's table and the powers of two say."""
+    file = GOLDEN / "gpt_oss_mxfp4" / "model.safetensors"
+    bundle = convert(file.parent, tmp_path / "bundle").path
+    found = tensors(export(bundle, tmp_path / "out", dtype="bf16").path)
+    header = read_header(file).tensors
+
+    def raw(name: str) -> Any:
+        entry = header[name]
+        return read_exact(file, entry.offset, entry.nbytes).reshape(entry.shape)
+
+    fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    table = np.concatenate([fp4, -fp4])
+    for key in (f"model.layers.{i}.mlp.experts.{part}_proj" for i in (0, 1) for part in ("gate_up", "down")):
+        blocks, scales = raw(f"{key}_blocks"), raw(f"{key}_scales")
+        codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
+        values = table[codes] * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        assert np.array_equal(found[key], values.reshape(*scales.shape[:2], -1).swapaxes(1, 2)), key
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_what_predicts_further_tokens_is_not_announced(tmp_path: Path) -> None:
+    """The weights of DeepSeek's extra layer are not in a bundle: config.json must not ask for them."""
+    source = GOLDEN / "deepseek_bf16"
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((copy / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    out = export(convert(copy, tmp_path / "bundle").path, tmp_path / "out").path
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0

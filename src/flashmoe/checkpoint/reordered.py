@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from flashmoe.checkpoint.matrices import AffineRows, CodedMatrix, Matrix, ScaleT
 from flashmoe.checkpoint.tensors import Run, TensorRef
 
 Order = NDArray[np.int64]
+_GAP = 2  # rows wanted so near to each other are read in one piece: every other row is half of what is read
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,18 @@ class _Orders:
     column_of: Order | None
 
     def runs(self, runs: Sequence[Run]) -> tuple[Sequence[Run], Order | None]:
-        """Runs of rows of the file that hold the wanted ones, and the position of each wanted one among them."""
+        """Runs of rows of the file that hold the wanted ones, and the position of each wanted one among those read."""
         if self.row_of is None:
             return runs, None
         wanted = np.concatenate([self.row_of[start : start + count] for start, count in runs])
         rows, position = np.unique(wanted, return_inverse=True)
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        counts = np.diff(starts, append=len(rows))
-        return [(int(rows[at]), int(n)) for at, n in zip(starts, counts, strict=True)], position.reshape(-1)
+        begins = np.flatnonzero(np.diff(rows, prepend=-1 - _GAP) > _GAP)
+        firsts, lasts = rows[begins], rows[np.append(begins[1:], len(rows)) - 1]
+        counts = lasts - firsts + 1
+        piece = np.searchsorted(firsts, rows, side="right") - 1
+        read = rows - firsts[piece] + (np.cumsum(counts) - counts)[piece]
+        stored = [(int(first), int(count)) for first, count in zip(firsts, counts, strict=True)]
+        return stored, read[position.reshape(-1)]
 
     def columns(self, values: NDArray[Any], step: int) -> NDArray[Any]:
         """The columns in the model's order; ``values`` has one for each ``step`` columns of the matrix."""
@@ -100,10 +105,22 @@ class ReorderedCodes(CodedMatrix):
         """That of the matrix in the file."""
         return self.base.rounded
 
+    @property
+    def table(self) -> tuple[int, ...] | None:
+        """That of the matrix in the file."""
+        return self.base.table
+
     def read(self, runs: Sequence[Run]) -> AffineRows:
         """Codes, scales and biases of the rows of ``runs``; raises like the matrix in the file."""
+        return self._moved(self.base.read, runs)
+
+    def read_entries(self, runs: Sequence[Run]) -> AffineRows:
+        """The same with places in the table."""
+        return self._moved(self.base.read_entries, runs)
+
+    def _moved(self, read: Callable[[Sequence[Run]], AffineRows], runs: Sequence[Run]) -> AffineRows:
         stored, position = self.orders.runs(runs)
-        found = self.base.read(stored)
+        found = read(stored)
         codes, scales, biases = found if position is None else (part[position] for part in found)
         move = self.orders.columns
         return AffineRows(move(codes, 1), move(scales, self.group), move(biases, self.group))

@@ -235,7 +235,8 @@ class _Planner:
         if isinstance(spec, VectorSpec):
             return VectorItem(spec.name, spec, self._checkpoint.ref(spec.source))
         if isinstance(spec, MatrixSpec):
-            part = self._part(spec.source, spec.name)
+            source = next((s for s in spec.others if self._checkpoint.has(s.module)), spec.source)
+            part = self._part(source, spec.name)
             form = self._form(spec.name, [part], self._matrix_bits(spec, part))
             shape = spec.source.picked_rows, spec.source.cols
             _check_cols(part, form)

@@ -147,7 +147,10 @@ def _self_attention(config: Config, prefix: str) -> Iterator[Spec]:
 
 
 def _absorbed(config: Config, prefix: str) -> Iterator[Spec]:
-    """kv_b_proj [heads * (nope + v), rank] as two: each head's keys turned [rank, nope], and its values [v, rank]."""
+    """kv_b_proj [heads * (nope + v), rank] as two: each head's keys turned [rank, nope], and its values [v, rank].
+
+    GGUF and MLX have the two, as k_b_proj and v_b_proj, and as embed_q and unembed_out.
+    """
     heads, rank, nope, value = (
         config.num_attention_heads,
         config.kv_lora_rank,
@@ -156,8 +159,12 @@ def _absorbed(config: Config, prefix: str) -> Iterator[Spec]:
     )
     name, each = f"{prefix}.kv_b_proj", nope + value
     turned = Order(heads * each, rank, turned=each)
-    yield MatrixSpec(
-        f"{prefix}.k_b_proj", MatrixSource(name, heads * rank, nope, ((0, heads * rank),), turned)
-    )
+    keys = MatrixSource(name, heads * rank, nope, ((0, heads * rank),), turned)
     runs = tuple((head * each + nope, value) for head in range(heads))
-    yield MatrixSpec(f"{prefix}.v_b_proj", MatrixSource(name, heads * each, rank, runs))
+    values = MatrixSource(name, heads * each, rank, runs)
+    for module, source, others in (("k_b_proj", keys, "embed_q"), ("v_b_proj", values, "unembed_out")):
+        apart = tuple(
+            MatrixSource.whole(f"{prefix}.{other}", source.picked_rows, source.cols)
+            for other in (module, others)
+        )
+        yield MatrixSpec(f"{prefix}.{module}", source, others=apart)

@@ -168,7 +168,7 @@ def _experts(config: Config, layer: int) -> ExpertsSpec:
         return source(e, gate_up, Order(count * size, hidden, turned=size))
 
     def switch(e: int) -> FfnSource:
-        """MLX: three stacked matrices [E, rows, cols] with biases [E, rows]."""
+        """MLX and GGUF: three stacked matrices [E, rows, cols] with biases [E, rows]."""
         rows = {"gate": size, "up": size, "down": hidden}
         gate, up, down = (
             MatrixSource(f"{mlp}.{name}_proj", count * n, size if name == "down" else hidden, ((e * n, n),))
@@ -177,4 +177,4 @@ def _experts(config: Config, layer: int) -> ExpertsSpec:
         first, second, last = (BiasSource(f"{mlp}.{name}_proj.bias", count, n, e) for name, n in rows.items())
         return FfnSource(gate, up, down, (first, second, last))
 
-    return ExpertsSpec(layer, count, hidden, size, (packed, turned, switch), config.glu, biased=True)
+    return ExpertsSpec(layer, count, hidden, size, (packed, turned, switch), turned, config.glu, biased=True)

@@ -83,10 +83,12 @@ def routed_experts(
     layer: int,
     mlp: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    stacked: bool = False,
 ) -> ExpertsSpec:
     """The experts of a layer below its module `mlp`, in every form that checkpoints have.
 
-    names: of gate, up and down in the form of one matrix an expert.
+    names: of gate, up and down in the form of one matrix an expert.  stacked: published are all experts in two tensors.
     """
     count, hidden, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
     module = f"layers.{layer}.{mlp}"
@@ -112,4 +114,5 @@ def routed_experts(
             MatrixSource(f"{name}.down_proj", count * hidden, size, ((e * hidden, hidden),)),
         )
 
-    return ExpertsSpec(layer, count, hidden, size, (fused, single, switch))
+    published = fused if stacked else single
+    return ExpertsSpec(layer, count, hidden, size, (fused, single, switch), published)

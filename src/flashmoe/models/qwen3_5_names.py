@@ -13,15 +13,17 @@ LinearProjections = Callable[[Qwen35Config, str], Iterator[Spec]]
 
 def model_spec(config: Qwen35Config) -> ModelSpec:
     """All tensors of a qwen3_5_moe or qwen3_5 bundle."""
-    return assemble_qwen(config, _linear_projections)
+    return assemble_qwen(config, _linear_projections, stacked=True)
 
 
-def assemble_qwen(config: Qwen35Config, linear_projections: LinearProjections) -> ModelSpec:
-    """The model with the given way of storing the linear-attention input projections."""
+def assemble_qwen(
+    config: Qwen35Config, linear_projections: LinearProjections, *, stacked: bool
+) -> ModelSpec:
+    """The model with the given ways of storing the linear-attention input projections and the experts."""
     return assemble(
         config,
         lambda layer: _layer(config, layer, linear_projections),
-        lambda layer: routed_experts(config, layer),
+        lambda layer: routed_experts(config, layer, stacked=stacked),
         zero_centred=True,
     )
 

@@ -18,7 +18,7 @@ __all__ = ["Config", "layers", "model_spec"]
 
 def model_spec(config: Config) -> ModelSpec:
     """All tensors of a qwen3_next bundle."""
-    return assemble_qwen(config, _linear_projections)
+    return assemble_qwen(config, _linear_projections, stacked=False)
 
 
 def _linear_projections(config: Config, prefix: str) -> Iterator[Spec]:

@@ -54,14 +54,23 @@ class MatrixSource:
         """How many rows the runs select."""
         return sum(count for _, count in self.runs)
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns as the checkpoint has them."""
+        return (self.rows, self.cols) if self.order is None else (self.order.stored_rows, self.order.stored_cols)
+
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """A matrix of the bundle, [source.picked_rows, source.cols]."""
+    """A matrix of the bundle, [source.picked_rows, source.cols].
+
+    ``others``: where other checkpoints than Hugging Face's have it, of the same size.
+    """
 
     name: str
     source: MatrixSource
     role: Role = "plain"
+    others: tuple[MatrixSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ class FfnSpec:
 class ExpertsSpec:
     """The routed experts of a layer; ``forms`` are the ways a checkpoint may store expert e, in order.
 
-    ``glu`` joins gate and up (None: silu(gate) * up); ``biased``: every form has biases.
+    ``published``: that of them which float checkpoints of the family have.  ``glu`` joins gate and up (None:
+    silu(gate) * up); ``biased``: every form has biases.
     """
 
     layer: int
@@ -126,6 +136,7 @@ class ExpertsSpec:
     hidden: int
     intermediate: int
     forms: tuple[Callable[[int], FfnSource], ...]
+    published: Callable[[int], FfnSource]
     glu: ClampedGlu | None = None
     biased: bool = False
 

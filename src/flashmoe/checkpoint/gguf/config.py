@@ -14,6 +14,7 @@ from flashmoe.checkpoint.tensors import TensorRef
 from flashmoe.errors import CheckpointError
 
 Table = dict[str, Any]
+_SIGMOID = 2  # expert_gating_func
 
 
 class Metadata:
@@ -110,9 +111,12 @@ def _rope_scaling(meta: Metadata, head_dim: Any) -> Table:
         ("yarn_log_multiplier", "mscale_all_dim"),
         ("yarn_beta_fast", "beta_fast"),
         ("yarn_beta_slow", "beta_slow"),
+        ("yarn_attn_factor", "attention_factor"),
     ):
         if meta.get(f"rope.scaling.{key}") is not None:
             scaling[name] = meta.get(f"rope.scaling.{key}")
+    if "mscale_all_dim" in scaling:  # llama.cpp has no key for the other one, and computes with 1
+        scaling["mscale"] = 1.0
     return {"rope_scaling": scaling}
 
 
@@ -171,22 +175,82 @@ def _olmoe(meta: Metadata) -> Table:
     return table | {"num_experts": meta.get("expert_count"), **_experts_used(meta)}
 
 
-def _glm4moe(meta: Metadata) -> Table:
+def _grouped(meta: Metadata, groups: tuple[int, int], renormalised: bool) -> Table:
+    """Sigmoid routing in groups; ``groups``, and how many are taken, and ``renormalised`` where the file is silent."""
     return {
-        "model_type": "glm4_moe",
-        **_common(meta),
         "n_routed_experts": meta.get("expert_count"),
         "n_shared_experts": meta.get("expert_shared_count"),
         "moe_intermediate_size": meta.get("expert_feed_forward_length"),
         "first_k_dense_replace": meta.get("leading_dense_block_count", 0),
-        "norm_topk_prob": meta.get("expert_weights_norm", True),
+        "norm_topk_prob": meta.get("expert_weights_norm", renormalised),
         "routed_scaling_factor": meta.get("expert_weights_scale", 1.0),
-        "n_group": meta.get("expert_group_count", 1),
-        "topk_group": meta.get("expert_group_used_count", 1),
-        "use_qk_norm": meta.has_tensor("attn_q_norm.weight"),
-        "partial_rotary_factor": _rotary_factor(meta, 0.5),
+        "n_group": meta.get("expert_group_count", groups[0]),
+        "topk_group": meta.get("expert_group_used_count", groups[1]),
         **_experts_used(meta),
     }
+
+
+def _glm4moe(meta: Metadata) -> Table:
+    return {
+        "model_type": "glm4_moe",
+        **_common(meta),
+        **_grouped(meta, (1, 1), renormalised=True),
+        "use_qk_norm": meta.has_tensor("attn_q_norm.weight"),
+        "partial_rotary_factor": _rotary_factor(meta, 0.5),
+    }
+
+
+def _gpt_oss(meta: Metadata) -> Table:
+    table = {
+        "model_type": "gpt_oss",
+        **_common(meta),
+        "intermediate_size": meta.get("expert_feed_forward_length"),
+        "num_local_experts": meta.get("expert_count"),
+        "sliding_window": meta.get("attention.sliding_window"),
+        **_experts_used(meta),
+    }
+    if "rope_scaling" in table:  # the files do not say it, the published models all do
+        table["rope_scaling"]["truncate"] = False
+    return table
+
+
+def _deepseek2(meta: Metadata) -> Table:
+    """Files with the keys' and values' projections apart describe the absorbed form: their head sizes end in _mla."""
+    rotated = meta.get("rope.dimension_count")
+    whole = meta.get("attention.key_length_mla", meta.get("attention.key_length"))
+    common = _common(meta)
+    common.pop("head_dim")
+    return {
+        "model_type": "deepseek_v3",
+        **common,
+        "num_key_value_heads": meta.get("attention.head_count"),
+        "q_lora_rank": meta.get("attention.q_lora_rank"),
+        "kv_lora_rank": meta.get("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": whole - rotated if type(whole) is type(rotated) is int else None,
+        "v_head_dim": meta.get("attention.value_length_mla", meta.get("attention.value_length")),
+        "rope_interleave": True,
+        **_grouped(meta, _deepseek_groups(meta), renormalised=False),
+        # Version 2, whose files do not name it, has softmax.
+        "scoring_func": "sigmoid" if meta.get("expert_gating_func") == _SIGMOID else "softmax",
+        **_latent_scaling(common),
+    }
+
+
+def _deepseek_groups(meta: Metadata) -> tuple[int, int]:
+    """Groups of experts and how many are taken, where the file does not say: early ones of DeepSeek-V3 and R1 do not."""
+    sizes = meta.layers, meta.get("expert_count"), meta.get("embedding_length")
+    return (8, 4) if sizes == (61, 256, 7168) else (1, 1)
+
+
+def _latent_scaling(common: Table) -> Table:
+    """YaRN whose two factors of the amplitude cancel; the converter writes a tenth of what scales the scores."""
+    scaling = common.get("rope_scaling", {})
+    tenth = scaling.get("mscale_all_dim")
+    if not isinstance(tenth, float):
+        return {}
+    scale = round(10 * tenth, 6)
+    return {"rope_scaling": scaling | {"mscale": scale, "mscale_all_dim": scale}}
 
 
 def _qwen35(meta: Metadata) -> Table:
@@ -230,6 +294,8 @@ _ARCHITECTURES: dict[str, Callable[[Metadata], Table]] = {
     "qwen3moe": _qwen3moe,
     "olmoe": _olmoe,
     "glm4moe": _glm4moe,
+    "gpt-oss": _gpt_oss,
+    "deepseek2": _deepseek2,
     "qwen3next": _qwen35,
     "qwen35moe": _qwen35,
 }

@@ -26,14 +26,25 @@ _LAYER = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
-    "exp_probs_b": "mlp.gate.e_score_correction",
     "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
     "ffn_up_exps": "mlp.switch_mlp.up_proj",
     "ffn_down_exps": "mlp.switch_mlp.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "attn_qkv": "linear_attn.in_proj_qkv",
     "attn_gate": "linear_attn.in_proj_z",
     "ssm_alpha": "linear_attn.in_proj_a",
@@ -43,13 +54,20 @@ _LAYER = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
-_SHARED = {
-    "ffn_gate_inp_shexp": "shared_expert_gate",
-    "ffn_gate_shexp": "shared_expert.gate_proj",
-    "ffn_up_shexp": "shared_expert.up_proj",
-    "ffn_down_shexp": "shared_expert.down_proj",
+_WHOLE = {
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "attn_sinks.weight": "self_attn.sinks",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
-_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
+# Beginnings that a family spells in its own way.
+_SHARED = {"mlp.shared_expert.": "mlp.shared_experts."}
+_OWN = {
+    "mixtral": {"mlp.": "block_sparse_moe."},
+    "gpt_oss": {"mlp.gate.": "mlp.router.", "mlp.switch_mlp.": "mlp.experts."},
+    "glm4_moe": _SHARED,
+    "deepseek_v3": _SHARED,
+}
 _EXPERT_NAMES = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}  # Mixtral's, in files of before 2024
 
 
@@ -74,23 +92,19 @@ class Names:
 
     def _within(self, name: str) -> str:
         """The name within its layer; what is not known keeps its own."""
-        stem, _, end = name.rpartition(".")
         if name in _WHOLE:
             return _WHOLE[name]
-        if stem in _SHARED:
-            shared = _SHARED[stem]
-            if self.model_type == "glm4_moe":
-                shared = shared.replace("shared_expert.", "shared_experts.")
-            return f"mlp.{shared}.{end}"
-        known = _LAYER.get(stem)
-        if self.model_type == "mixtral":
-            part, _, expert = stem.partition(".")
-            if part in _EXPERT_NAMES and expert:
-                return f"block_sparse_moe.experts.{expert}.{_EXPERT_NAMES[part]}.{end}"
-            known = known and known.replace("mlp.", "block_sparse_moe.", 1)
-        if known == "mlp.gate.e_score_correction":
-            return f"{known}_{end}"
-        return f"{known}.{end}" if known else name
+        stem, _, end = name.rpartition(".")
+        part, _, expert = stem.partition(".")
+        if self.model_type == "mixtral" and part in _EXPERT_NAMES and expert:
+            return f"block_sparse_moe.experts.{expert}.{_EXPERT_NAMES[part]}.{end}"
+        if stem not in _LAYER:
+            return name
+        known = f"{_LAYER[stem]}.{end}"
+        for usual, own in _OWN.get(self.model_type, {}).items():
+            if known.startswith(usual):
+                return own + known[len(usual) :]
+        return known
 
 
 class Orders:
