@@ -75,6 +75,12 @@ def gguf_forms() -> ModuleType:
     return _module(_ROOT / "tests" / "golden" / "gguf_forms.py")
 
 
+@pytest.fixture(scope="session")
+def gguf_families() -> ModuleType:
+    """tests/golden/gguf_families.py."""
+    return _module(_ROOT / "tests" / "golden" / "gguf_families.py")
+
+
 def _module(file: Path) -> ModuleType:
     """A Python file that is part of no package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)

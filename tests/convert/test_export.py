@@ -152,7 +152,9 @@ PUBLISHED = [*FAMILIES, "gpt_oss_bf16", "deepseek_f32", "deepseek_bf16", "hf_nex
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_family_comes_back_under_the_names_and_with_the_values_it_had(tmp_path: Path, name: str) -> None:
+def test_every_family_comes_back_under_the_names_and_with_the_values_it_had(
+    tmp_path: Path, name: str
+) -> None:
     """transformers wrote these, on grids that tiles hold; what converting is known to leave out is left out."""
     bundle = convert(GOLDEN / name, tmp_path / "bundle", fit="range").path
     report = export(bundle, tmp_path / "out", dtype="f32", shard_nbytes=100_000)

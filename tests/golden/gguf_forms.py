@@ -25,14 +25,16 @@ def write(
     tensors: Mapping[str, tuple[Array, str]],
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """``numbers``: metadata below the architecture; ``tensors``: name -> (values or blocks, type)."""
+    """``numbers``: metadata below the architecture; ``tensors``: name -> (values, or bytes of blocks, type)."""
     writer = gguf.GGUFWriter(path, architecture)
+    add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool, str: writer.add_string}
     for key, value in numbers.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)
+        add[type(value)](f"{architecture}.{key}", value)
     (tokenizer or add_bytes_tokenizer)(writer)
     for name, (values, kind) in tensors.items():
-        if kind == "F32":
+        if values.dtype == np.uint8:
+            writer.add_tensor(name, values, raw_dtype=KINDS[kind])
+        elif kind == "F32":
             writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
         else:
             writer.add_tensor(

@@ -16,7 +16,15 @@ from flashmoe.checkpoint.pread import read_exact
 from flashmoe.convert.views import put_rows
 from flashmoe.errors import BundleError
 from flashmoe.models.registry import ModelFamily
-from flashmoe.models.spec import BiasSource, ExpertsSpec, FfnSource, FfnSpec, MatrixSource, MatrixSpec, VectorSpec
+from flashmoe.models.spec import (
+    BiasSource,
+    ExpertsSpec,
+    FfnSource,
+    FfnSpec,
+    MatrixSource,
+    MatrixSpec,
+    VectorSpec,
+)
 
 _BATCH_VALUES = 1 << 21  # values dequantised at a time: 8 MiB, as in conversion
 
@@ -115,7 +123,7 @@ def _assembled(bundle: Bundle, module: str, found: Sequence[tuple[MatrixSource, 
 
 
 def _put(whole: F32, source: MatrixSource, values: F32, first: int = 0) -> None:
-    """Write the rows that ``source`` has picked of a matrix; ``first``: that of its rows which ``whole`` begins with."""
+    """Write the rows that ``source`` picks; ``first``: the row of its matrix that ``whole`` begins with."""
     rows = np.concatenate([np.arange(start, start + count) for start, count in source.runs]) - first
     order = source.order
     put_rows(whole, rows, values, order.turned if order else 0, order.woven if order else 0)

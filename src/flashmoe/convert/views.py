@@ -38,7 +38,8 @@ def _woven_rows(rows: NDArray[np.int64], woven: int) -> NDArray[np.int64]:
     """Where rows lie that come first of the even, then of the odd ones of each so many."""
     block, within = np.divmod(rows, woven)
     odd, pair = np.divmod(within, woven // 2)
-    return block * woven + 2 * pair + odd
+    stored: NDArray[np.int64] = block * woven + 2 * pair + odd
+    return stored
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ def model_spec(config: Qwen35Config) -> ModelSpec:
     return assemble_qwen(config, _linear_projections, stacked=True)
 
 
-def assemble_qwen(
-    config: Qwen35Config, linear_projections: LinearProjections, *, stacked: bool
-) -> ModelSpec:
+def assemble_qwen(config: Qwen35Config, linear_projections: LinearProjections, *, stacked: bool) -> ModelSpec:
     """The model with the given ways of storing the linear-attention input projections and the experts."""
     return assemble(
         config,

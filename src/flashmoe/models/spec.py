@@ -57,7 +57,9 @@ class MatrixSource:
     @property
     def stored(self) -> tuple[int, int]:
         """Rows and columns as the checkpoint has them."""
-        return (self.rows, self.cols) if self.order is None else (self.order.stored_rows, self.order.stored_cols)
+        return (
+            (self.rows, self.cols) if self.order is None else (self.order.stored_rows, self.order.stored_cols)
+        )
 
 
 @dataclass(frozen=True)

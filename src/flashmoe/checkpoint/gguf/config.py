@@ -238,7 +238,7 @@ def _deepseek2(meta: Metadata) -> Table:
 
 
 def _deepseek_groups(meta: Metadata) -> tuple[int, int]:
-    """Groups of experts and how many are taken, where the file does not say: early ones of DeepSeek-V3 and R1 do not."""
+    """Groups of experts and how many are taken where the file does not say: early ones of DeepSeek-V3 do not."""
     sizes = meta.layers, meta.get("expert_count"), meta.get("embedding_length")
     return (8, 4) if sizes == (61, 256, 7168) else (1, 1)
 
@@ -251,6 +251,17 @@ def _latent_scaling(common: Table) -> Table:
         return {}
     scale = round(10 * tenth, 6)
     return {"rope_scaling": scaling | {"mscale": scale, "mscale_all_dim": scale}}
+
+
+def _qwen35_dense(meta: Metadata) -> Table:
+    experts = (
+        "num_experts",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "shared_expert_intermediate_size",
+    )
+    table = {key: value for key, value in _qwen35(meta).items() if key not in experts}
+    return table | {"model_type": "qwen3_5_text"}
 
 
 def _qwen35(meta: Metadata) -> Table:
@@ -298,6 +309,7 @@ _ARCHITECTURES: dict[str, Callable[[Metadata], Table]] = {
     "deepseek2": _deepseek2,
     "qwen3next": _qwen35,
     "qwen35moe": _qwen35,
+    "qwen35": _qwen35_dense,
 }
 
 

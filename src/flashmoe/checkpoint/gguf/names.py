@@ -60,6 +60,7 @@ _WHOLE = {
     "attn_sinks.weight": "self_attn.sinks",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
+_HYBRIDS = ("qwen3_5_moe_text", "qwen3_5_text")
 # Beginnings that a family spells in its own way.
 _SHARED = {"mlp.shared_expert.": "mlp.shared_experts."}
 _OWN = {
@@ -115,7 +116,7 @@ class Orders:
         self._config = config
         self._turned = config.get("model_type") in ("llama", "mixtral")
         self._grouped = config.get("gguf_architecture") == "qwen3next"
-        self._heads = _value_heads(config) if config.get("model_type") == "qwen3_5_moe_text" else None
+        self._heads = _value_heads(config) if config.get("model_type") in _HYBRIDS else None
 
     def source(self, module: str) -> tuple[str, int]:
         """The module of the file that holds ``module``, and how many times its rows that one has."""

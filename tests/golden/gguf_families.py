@@ -1,0 +1,202 @@
+"""Tiny Hugging Face checkpoints of every family turned into GGUF files as llama.cpp's converter does it.
+
+Names are the gguf package's own; what moves in a matrix is spelled out again from the converter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Tensors = dict[str, Array]
+_TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1"}
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def read(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint by its name: float32, or bytes."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + size]).items():
+            if name != "__metadata__":
+                begin, end = (8 + size + at for at in entry["data_offsets"])
+                found[name] = _values(data[begin:end], entry["dtype"]).reshape(entry["shape"])
+    return found
+
+
+def _values(raw: bytes, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, _TYPES[dtype]).astype(np.uint8 if dtype == "U8" else np.float32)
+
+
+def some_layers(tensors: Tensors, layers: list[int]) -> Tensors:
+    """What belongs to no layer or to one of ``layers``, which are numbered anew."""
+    kept = {}
+    for name, values in tensors.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            if int(parts[2]) not in layers:
+                continue
+            parts[2] = str(layers.index(int(parts[2])))
+        kept[".".join(parts)] = values
+    return kept
+
+
+def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the converter writes for any model."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = config.get("rope_theta") or rope["rope_theta"]
+    out = {
+        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.freq_base": float(theta),
+    }  # fmt: skip
+    if config.get("head_dim"):
+        out |= {"attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}
+    experts = next(
+        (config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in config), 0
+    )
+    if experts:
+        out |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
+    if config.get("n_group"):
+        out |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    if rope.get("rope_type") == "yarn":
+        out |= {
+            "rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": float(rope["beta_fast"]),
+            "rope.scaling.yarn_beta_slow": float(rope["beta_slow"]),
+        }  # fmt: skip
+    return out
+
+
+def merged(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Experts stacked: [experts, rows, columns] of each matrix."""
+    stacks: dict[str, list[Array]] = {}
+    for name, values in sorted(tensors.items(), key=lambda item: _expert_number(item[0])):
+        found = _EXPERT.fullmatch(name)
+        if found:
+            stacks.setdefault(f"{found[1]}.{found[3]}.weight", []).append(values)
+        else:
+            yield name, values
+    for name, parts in stacks.items():
+        yield name, np.stack(parts)
+
+
+def _expert_number(name: str) -> int:
+    found = _EXPERT.fullmatch(name)
+    return int(found[2]) if found else -1
+
+
+def llama(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Pairs of queries and keys that turn together lie side by side."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    for name, values in merged(config, tensors, forms):
+        part = name.split(".")[-2]
+        yield name, forms.turned(values, heads[part]) if part in heads else values
+
+
+def gpt_oss(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Gate and up apart, rows as they are multiplied; MXFP4 blocks as ggml has them."""
+    for name, values in tensors.items():
+        if name.endswith("sinks"):
+            yield f"{name}.weight", values
+        elif name.endswith("_blocks"):
+            scales = tensors[name.replace("_blocks", "_scales")]
+            yield from _apart(name.removesuffix("_blocks"), ".weight", _mxfp4(values, scales), 1)
+        elif name.endswith("_proj_bias"):
+            yield from _apart(name.removesuffix("_bias"), ".bias", values, 1)
+        elif name.endswith(("gate_up_proj", "experts.down_proj")):
+            yield from _apart(name, ".weight", values.swapaxes(1, 2), 1)
+        elif not name.endswith("_scales"):
+            yield name, values
+
+
+def _apart(name: str, end: str, values: Array, axis: int) -> Iterator[tuple[str, Array]]:
+    if not name.endswith("gate_up_proj"):
+        yield name + end, values
+        return
+    for first, part in enumerate(("gate_proj", "up_proj")):
+        places = np.arange(first, values.shape[axis], 2)
+        yield name.replace("gate_up_proj", part) + end, np.take(values, places, axis)
+
+
+def _mxfp4(blocks: Array, scales: Array) -> Array:
+    """Bytes [experts, rows, 17 for 32 values]: the power, then values 0-15 in the low halves and 16-31 in the high."""
+    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    joined = np.concatenate([scales[..., None], packed], -1)
+    return joined.reshape(*scales.shape[:2], -1).astype(np.uint8)
+
+
+def deepseek(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Keys' and values' projections apart, the keys' turned."""
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    for name, values in merged(config, tensors, forms):
+        if not name.endswith("kv_b_proj.weight"):
+            yield name, values
+            continue
+        heads = values.reshape(config["num_attention_heads"], nope + value, -1)
+        yield name.replace("kv_b", "k_b"), heads[:, :nope].swapaxes(1, 2)
+        yield name.replace("kv_b", "v_b"), heads[:, nope:]
+
+
+def hybrid(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Value heads dealt out, norms with 1 added, -exp(A_log)."""
+    keys, per = (
+        config["linear_num_key_heads"],
+        config["linear_num_value_heads"] // config["linear_num_key_heads"],
+    )
+    before = 2 * keys * config["linear_key_head_dim"]
+    for original, values in merged(config, tensors, forms):
+        name, part = original, original.removesuffix(".weight").rpartition("linear_attn.")[2]
+        if name.endswith("norm.weight") and part != "norm":
+            values = values + np.float32(1)
+        elif part in ("in_proj_qkv", "conv1d"):
+            values = forms.tiled(values.reshape(len(values), -1), 0, keys, per, before)
+        elif part in ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias"):
+            values = forms.tiled(-np.exp(values) if part == "A_log" else values, 0, keys, per)
+        elif part == "out_proj":
+            values = forms.tiled(values, 1, keys, per)
+        yield name.replace("dt_bias", "dt_proj.bias"), values
+
+
+Moves = Callable[[Mapping[str, Any], Tensors, Any], Iterator[tuple[str, Array]]]
+MOVES: dict[str, Moves] = {
+    "llama": llama, "gpt-oss": gpt_oss, "deepseek2": deepseek, "qwen35": hybrid,
+}  # fmt: skip
+
+
+def write(
+    path: Path,
+    architecture: str,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    extra: Mapping[str, Any],
+    forms: Any,
+) -> Path:
+    """Matrices in bf16, vectors and routers in float32, as the converter has them; ``extra``: the family's numbers."""
+    kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    out = {}
+    for name, values in MOVES.get(architecture, merged)(config, tensors, forms):
+        spelled = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        known = names.get_name(spelled, try_suffixes=(".weight", ".bias"))
+        assert known is not None, name
+        small = values.ndim == 1 or "ffn_gate_inp" in known or "conv1d" in known or known.endswith("bias")
+        out[known] = values, "MXFP4" if values.dtype == np.uint8 else "F32" if small else "BF16"
+    written: Path = forms.write(path, architecture, numbers(config) | dict(extra), out)
+    return written
