@@ -76,7 +76,9 @@ uint32_t read_all(const uint8_t* data, int64_t nbytes) {
   U8x64 a = u8_and(u8_load(data), 0), b = a, c = a, d = a;
   int64_t i = 0;
   for (; i + 256 <= nbytes; i += 256) {
-    __builtin_prefetch(data + i + 4096);
+    for (int64_t line = 0; line < 256; line += 64) {
+      __builtin_prefetch(data + i + 4096 + line, 0, kSecondLevel);  // 35 GB/s; one line of the four: 31
+    }
     a = u8_or(a, u8_load(data + i));
     b = u8_or(b, u8_load(data + i + 64));
     c = u8_or(c, u8_load(data + i + 128));
