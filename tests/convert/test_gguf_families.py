@@ -39,72 +39,26 @@ def unchanged(config: Config) -> Config:
     return config
 
 
-def expert_rows(config: Config) -> Config:
-    return {"expert_feed_forward_length": config["moe_intermediate_size"]}
-
-
-def glm(config: Config) -> Config:
-    return expert_rows(config) | {
-        "rope.dimension_count": config["head_dim"] // 2, "leading_dense_block_count": config["first_k_dense_replace"],
-        "expert_shared_count": config["n_shared_experts"], "expert_weights_norm": True, "expert_gating_func": 2,
-        "expert_weights_scale": config["routed_scaling_factor"], "nextn_predict_layers": 0,
-    }  # fmt: skip
-
-
-def gpt_oss(config: Config) -> Config:
-    rows = config["intermediate_size"]
-    return {"attention.sliding_window": config["sliding_window"], "expert_feed_forward_length": rows}
-
-
-def deepseek(config: Config) -> Config:
-    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    return expert_rows(config) | {
-        "attention.head_count_kv": 1, "attention.q_lora_rank": config["q_lora_rank"], "attention.kv_lora_rank": latent,
-        "attention.key_length": latent + rotated, "attention.value_length": latent,
-        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
-        "attention.value_length_mla": config["v_head_dim"], "rope.dimension_count": rotated,
-        "leading_dense_block_count": config["first_k_dense_replace"], "expert_weights_norm": True,
-        "expert_shared_count": config["n_shared_experts"], "expert_gating_func": 2,
-        "expert_weights_scale": config["routed_scaling_factor"],
-        "rope.scaling.yarn_log_multiplier": 0.1 * config["rope_parameters"]["mscale_all_dim"],
-    }  # fmt: skip
-
-
-def hybrid(config: Config) -> Config:
-    heads = config["linear_num_value_heads"]
-    return {
-        "rope.dimension_count": config["head_dim"] // 4, "ssm.conv_kernel": config["linear_conv_kernel_dim"],
-        "ssm.state_size": config["linear_key_head_dim"], "ssm.group_count": config["linear_num_key_heads"],
-        "ssm.time_step_rank": heads, "ssm.inner_size": heads * config["linear_value_head_dim"],
-        "full_attention_interval": 2,
-    }  # fmt: skip
-
-
-def nothing(config: Config) -> Config:
-    return {}
-
-
-# Fixture, architecture in GGUF, layers of the fixture, changes of its configuration, numbers beyond the usual ones.
-FAMILIES: list[tuple[str, str, list[int], Callable[[Config], Config], Callable[[Config], Config]]] = [
-    ("family_mixtral", "llama", [0, 1], unchanged, nothing),
-    ("family_qwen3_moe", "qwen3moe", [0, 2], all_sparse, expert_rows),
-    ("family_olmoe", "olmoe", [0, 1], unchanged, nothing),
-    ("family_glm4_moe", "glm4moe", [0, 1], unchanged, glm),
-    ("family_llama", "llama", [0, 1], plain_positions, nothing),
-    ("family_qwen2", "qwen2", [0, 1], unchanged, nothing),
-    ("family_qwen3", "qwen3", [0, 1], unchanged, nothing),
-    ("gpt_oss_bf16", "gpt-oss", [0, 1], unchanged, gpt_oss),
-    ("gpt_oss_mxfp4", "gpt-oss", [0, 1], unchanged, gpt_oss),
-    ("deepseek_f32", "deepseek2", [0, 1], equal_scales, deepseek),
+Case = tuple[str, str, list[int], Callable[[Config], Config]]
+# Fixture, architecture in GGUF, layers of the fixture, changes of its configuration.
+FAMILIES: list[Case] = [
+    ("family_mixtral", "llama", [0, 1], unchanged),
+    ("family_qwen3_moe", "qwen3moe", [0, 2], all_sparse),
+    ("family_olmoe", "olmoe", [0, 1], unchanged),
+    ("family_glm4_moe", "glm4moe", [0, 1], unchanged),
+    ("family_llama", "llama", [0, 1], plain_positions),
+    ("family_qwen2", "qwen2", [0, 1], unchanged),
+    ("family_qwen3", "qwen3", [0, 1], unchanged),
+    ("gpt_oss_bf16", "gpt-oss", [0, 1], unchanged),
+    ("gpt_oss_mxfp4", "gpt-oss", [0, 1], unchanged),
+    ("deepseek_f32", "deepseek2", [0, 1], equal_scales),
 ]
 IDS = [f"{fixture}-{architecture}" for fixture, architecture, *_ in FAMILIES]
 
 
-def both_bundles(
-    tmp_path: Path, families: Any, forms: Any, quantized: Any, case: tuple[Any, ...]
-) -> tuple[Path, Path]:
+def both_bundles(tmp_path: Path, families: Any, forms: Any, quantized: Any, case: Case) -> tuple[Path, Path]:
     """The bundle of a fixture, with its configuration changed, and that of the same model as a GGUF file."""
-    fixture, architecture, layers, change, extra = case
+    fixture, architecture, layers, change = case
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / fixture, source)
     config = change(json.loads((source / "config.json").read_text()))
@@ -116,7 +70,7 @@ def both_bundles(
             file.unlink()
         stored = {name: quantized.stored(values, "F32") for name, values in tensors.items()}
         quantized.write_safetensors(source / "model.safetensors", stored)
-    file = families.write(tmp_path / "m.gguf", architecture, config, tensors, extra(config), forms)
+    file = families.write(tmp_path / "m.gguf", architecture, config, tensors, forms)
     reports = convert(source, tmp_path / "hf"), convert(file, tmp_path / "gguf")
     assert reports[1].unknown == []
     return reports[0].path, reports[1].path
@@ -130,7 +84,7 @@ def logits(bundle: Path) -> Any:
 
 @pytest.mark.parametrize("case", FAMILIES, ids=IDS)
 def test_gguf_and_safetensors_give_one_bundle(
-    tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, case: tuple[Any, ...]
+    tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, case: Case
 ) -> None:
     """The weights byte for byte, and the logits bit for bit: the two configurations mean the same model."""
     first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
@@ -159,16 +113,17 @@ def test_keys_and_values_in_one_matrix(
     tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files of early 2025: heads as they are, kv_b_proj whole."""
-    fixture, architecture, layers, change, extra = FAMILIES[IDS.index("deepseek_f32-deepseek2")]
+    absorbed = gguf_families.NUMBERS["deepseek2"]
 
     def early(config: Config) -> Config:
-        made = extra(config)
+        made: Config = absorbed(config)
         for kind in ("key", "value"):
             made[f"attention.{kind}_length"] = made.pop(f"attention.{kind}_length_mla")
         return made | {"attention.head_count_kv": config["num_attention_heads"]}
 
     monkeypatch.setitem(gguf_families.MOVES, "deepseek2", gguf_families.merged)
-    case = fixture, architecture, layers, change, early
+    monkeypatch.setitem(gguf_families.NUMBERS, "deepseek2", early)
+    case = FAMILIES[IDS.index("deepseek_f32-deepseek2")]
     first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
     assert (first / "resident.safetensors").read_bytes() == (second / "resident.safetensors").read_bytes()
     assert np.array_equal(logits(first), logits(second))
@@ -176,7 +131,7 @@ def test_keys_and_values_in_one_matrix(
 
 def test_dense_qwen3_5(tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any) -> None:
     """log(exp(x)) and 1 + w are rounded once more, and columns of heads of 16 leave their group of 32."""
-    case = "family_qwen3_5", "qwen35", [0, 1], unchanged, hybrid
+    case = "family_qwen3_5", "qwen35", [0, 1], unchanged
     first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
     wanted, found = logits(first), logits(second)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()

@@ -146,6 +146,31 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory, gguf_forms: ModuleType)
 
 
 @pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A copy of one of the checkpoints of tests/golden."""
+    folder = tmp_path_factory.mktemp("golden")
+    return cache(lambda form: Path(shutil.copytree(GOLDEN / form, folder / form / "source")))
+
+
+@pytest.fixture(scope="session")
+def gguf_family(
+    tmp_path_factory: pytest.TempPathFactory, gguf_families: ModuleType, gguf_forms: ModuleType
+) -> Callable[[str], Path]:
+    """The same as a GGUF file, in a directory of its own."""
+    folder = tmp_path_factory.mktemp("gguf_family")
+
+    @cache
+    def make(form: str, architecture: str) -> Path:
+        source, path = GOLDEN / form, folder / form / "source"
+        path.mkdir(parents=True)
+        config = json.loads((source / "config.json").read_text())
+        gguf_families.write(path / "m.gguf", architecture, config, gguf_families.read(source), gguf_forms)
+        return path
+
+    return lambda form: make(form, {"gpt_oss_mxfp4": "gpt-oss", "deepseek_f32": "deepseek2"}[form])
+
+
+@pytest.fixture(scope="session")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face checkpoint in three files and an index."""
     return Path(shutil.copytree(GOLDEN / "hf_next_bf16", tmp_path_factory.mktemp("fuzz") / "sharded"))

@@ -276,9 +276,13 @@ def test_header_of_a_checkpoint(source: Path, contained: Contained, data: st.Dat
 
 
 @pytest.mark.parametrize(
-    "form", ["fp8 block", "int8 channel", "gptq act-order", "awq", "packed int4", "nvfp4"]
-)
-@budget(15)
+    "form",
+    [
+        "fp8 block", "fp8 tensor", "int8 channel", "gptq", "gptq act-order", "awq", "packed int4",
+        "packed int6 asymmetric", "packed int4 act-order", "nvfp4", "mxfp4",
+    ],
+)  # fmt: skip
+@budget(10)
 @given(data=st.data())
 def test_header_of_a_quantised_checkpoint(
     quantized: Callable[[str], Path], contained: Contained, form: str, data: st.DataObject
@@ -336,6 +340,45 @@ def test_blocks_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.
         whole = file.read_bytes()
         start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
         file.write_bytes(whole[:start] + data.draw(changed_bytes(whole[start:])))
+        use_checkpoint(contained, files.path)
+
+
+@pytest.mark.parametrize("form", ["gpt_oss_mxfp4", "deepseek_f32"])
+@budget(30)
+@given(data=st.data())
+def test_header_of_a_gguf_file_of_other_families(
+    gguf_family: Callable[[str], Path], contained: Contained, form: str, data: st.DataObject
+) -> None:
+    """Blocks of MXFP4 and biases of experts; keys and values apart."""
+    with Files(gguf_family(form)) as files:
+        file = files.path / "m.gguf"
+        whole = file.read_bytes()
+        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
+        head = data.draw(changed_numbers(whole[:start]) | changed_bytes(whole[:start]))
+        file.write_bytes(head + whole[start:])
+        use_checkpoint(contained, files.path)
+
+
+FAMILIES = [
+    "deepseek_bf16", "family_glm4_moe", "family_llama", "family_mixtral", "family_olmoe", "family_qwen2",
+    "family_qwen3_5", "family_qwen3_moe", "gpt_oss_mxfp4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FAMILIES)
+@budget(10)
+@given(data=st.data())
+def test_checkpoint_of_any_family(
+    golden: Callable[[str], Path], contained: Contained, form: str, data: st.DataObject
+) -> None:
+    """config.json or the header of a file."""
+    with Files(golden(form)) as files:
+        name = data.draw(st.sampled_from(sorted(p.name for p in files.path.iterdir())))
+        file = files.path / name
+        if file.suffix == ".safetensors":
+            file.write_bytes(with_header(file.read_bytes(), data.draw(changed(header_text(file))), data.draw))
+        else:
+            file.write_bytes(data.draw(changed(file.read_bytes())))
         use_checkpoint(contained, files.path)
 
 

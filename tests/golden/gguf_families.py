@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Tensors = dict[str, Array]
+Config = Mapping[str, Any]
 _TYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1"}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
@@ -53,7 +54,7 @@ def some_layers(tensors: Tensors, layers: list[int]) -> Tensors:
     return kept
 
 
-def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+def numbers(config: Config) -> dict[str, Any]:
     """What the converter writes for any model."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = config.get("rope_theta") or rope["rope_theta"]
@@ -83,7 +84,7 @@ def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def merged(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+def merged(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
     """Experts stacked: [experts, rows, columns] of each matrix."""
     stacks: dict[str, list[Array]] = {}
     for name, values in sorted(tensors.items(), key=lambda item: _expert_number(item[0])):
@@ -101,7 +102,7 @@ def _expert_number(name: str) -> int:
     return int(found[2]) if found else -1
 
 
-def llama(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+def llama(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
     """Pairs of queries and keys that turn together lie side by side."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, values in merged(config, tensors, forms):
@@ -109,7 +110,7 @@ def llama(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[t
         yield name, forms.turned(values, heads[part]) if part in heads else values
 
 
-def gpt_oss(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+def gpt_oss(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
     """Gate and up apart, rows as they are multiplied; MXFP4 blocks as ggml has them."""
     for name, values in tensors.items():
         if name.endswith("sinks"):
@@ -142,7 +143,7 @@ def _mxfp4(blocks: Array, scales: Array) -> Array:
     return joined.reshape(*scales.shape[:2], -1).astype(np.uint8)
 
 
-def deepseek(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+def deepseek(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
     """Keys' and values' projections apart, the keys' turned."""
     nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
     for name, values in merged(config, tensors, forms):
@@ -154,7 +155,7 @@ def deepseek(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterato
         yield name.replace("kv_b", "v_b"), heads[:, nope:]
 
 
-def hybrid(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+def hybrid(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
     """Value heads dealt out, norms with 1 added, -exp(A_log)."""
     keys, per = (
         config["linear_num_key_heads"],
@@ -174,21 +175,66 @@ def hybrid(config: Mapping[str, Any], tensors: Tensors, forms: Any) -> Iterator[
         yield name.replace("dt_bias", "dt_proj.bias"), values
 
 
-Moves = Callable[[Mapping[str, Any], Tensors, Any], Iterator[tuple[str, Array]]]
+Moves = Callable[[Config, Tensors, Any], Iterator[tuple[str, Array]]]
 MOVES: dict[str, Moves] = {
     "llama": llama, "gpt-oss": gpt_oss, "deepseek2": deepseek, "qwen35": hybrid,
 }  # fmt: skip
 
 
-def write(
-    path: Path,
-    architecture: str,
-    config: Mapping[str, Any],
-    tensors: Tensors,
-    extra: Mapping[str, Any],
-    forms: Any,
-) -> Path:
-    """Matrices in bf16, vectors and routers in float32, as the converter has them; ``extra``: the family's numbers."""
+def expert_rows(config: Config) -> dict[str, Any]:
+    """What the converter adds for this family."""
+    return {"expert_feed_forward_length": config["moe_intermediate_size"]}
+
+
+def glm_numbers(config: Config) -> dict[str, Any]:
+    """Half of a head turned, dense first layers, sigmoid routing."""
+    return expert_rows(config) | {
+        "rope.dimension_count": config["head_dim"] // 2, "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_shared_count": config["n_shared_experts"], "expert_weights_norm": True, "expert_gating_func": 2,
+        "expert_weights_scale": config["routed_scaling_factor"], "nextn_predict_layers": 0,
+    }  # fmt: skip
+
+
+def gpt_oss_numbers(config: Config) -> dict[str, Any]:
+    """The window of every other layer."""
+    rows = config["intermediate_size"]
+    return {"attention.sliding_window": config["sliding_window"], "expert_feed_forward_length": rows}
+
+
+def deepseek_numbers(config: Config) -> dict[str, Any]:
+    """The absorbed form: one head of keys for all, of the latent's size."""
+    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    return expert_rows(config) | {
+        "attention.head_count_kv": 1, "attention.q_lora_rank": config["q_lora_rank"], "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rotated, "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": config["v_head_dim"], "rope.dimension_count": rotated,
+        "leading_dense_block_count": config["first_k_dense_replace"], "expert_weights_norm": True,
+        "expert_shared_count": config["n_shared_experts"], "expert_gating_func": 2,
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "rope.scaling.yarn_log_multiplier": 0.1 * config["rope_parameters"]["mscale_all_dim"],
+    }  # fmt: skip
+
+
+def hybrid_numbers(config: Config) -> dict[str, Any]:
+    """The recurrent layers."""
+    heads = config["linear_num_value_heads"]
+    return {
+        "rope.dimension_count": config["head_dim"] // 4, "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": config["linear_key_head_dim"], "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": heads, "ssm.inner_size": heads * config["linear_value_head_dim"],
+        "full_attention_interval": 2,
+    }  # fmt: skip
+
+
+NUMBERS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "qwen3moe": expert_rows, "glm4moe": glm_numbers, "gpt-oss": gpt_oss_numbers, "deepseek2": deepseek_numbers,
+    "qwen35": hybrid_numbers,
+}  # fmt: skip
+
+
+def write(path: Path, architecture: str, config: Config, tensors: Tensors, forms: Any) -> Path:
+    """Matrices in bf16, vectors and routers in float32, as the converter has them."""
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     out = {}
@@ -198,5 +244,6 @@ def write(
         assert known is not None, name
         small = values.ndim == 1 or "ffn_gate_inp" in known or "conv1d" in known or known.endswith("bias")
         out[known] = values, "MXFP4" if values.dtype == np.uint8 else "F32" if small else "BF16"
-    written: Path = forms.write(path, architecture, numbers(config) | dict(extra), out)
+    extra = NUMBERS[architecture](config) if architecture in NUMBERS else {}
+    written: Path = forms.write(path, architecture, numbers(config) | extra, out)
     return written
