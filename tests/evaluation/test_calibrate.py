@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flashmoe.bundle import Bundle
 from flashmoe.chat.llm import LLM
@@ -18,28 +17,14 @@ from flashmoe.convert import convert
 from flashmoe.convert.importance import NO_IMPORTANCE, Importance
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.observer import Observer
+from flashmoe.evaluation import calibrate
 from flashmoe.evaluation.divergence import divergence
 from flashmoe.evaluation.input_squares import InputSquares
 from flashmoe.evaluation.sensitivity import Sensitivity
 from flashmoe.evaluation.stored_logits import StoredLogits
 from flashmoe.evaluation.windows import Window
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "hf_text_f32"
 IDS = [(7 * i) % 40 + 1 for i in range(60)]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The golden float checkpoint with a tokenizer of one token a character."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    for file in GOLDEN.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:64]
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture
@@ -150,3 +135,96 @@ def test_the_command_meets_its_target_and_says_what_it_did(
         == 1
     )
     assert "larger" in capsys.readouterr().err
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(chr(33 + i) for i in IDS) * 4, encoding="utf-8")
+    return file
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, trials: int) -> list[int]:
+    """Count the trials in the list that is returned; the one after so many is interrupted."""
+    seen: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        if len(seen) == trials:
+            raise KeyboardInterrupt
+        seen.append(len(seen))
+        return divergence(*arguments)
+
+    monkeypatch.setattr(calibrate, "divergence", counted)
+    return seen
+
+
+def test_an_interrupted_calibration_measures_only_what_is_left(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        every = stopped_after(patch, 1000)
+        whole = run_convert(source, tmp_path / "whole", text, "--target-bits", "3.6")
+    options = ["--calibrate", str(text), "--calibration-windows", "1", "--target-bits", "3.6"]
+    command = ["convert", str(source), str(tmp_path / "bundle"), *options]
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 4)
+        assert main(command) == 130
+    folder = tmp_path / "bundle.calibration"
+    assert len(json.loads((folder / "sensitivity.json").read_text())) == 4
+    seen = (folder / "importance.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        left = stopped_after(patch, 1000)
+        patch.setattr(calibrate, "finish", lambda dst: None)
+        assert main(command) == 0
+    assert len(left) == len(every) - 4
+    assert (folder / "importance.safetensors").stat().st_mtime_ns == seen
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text()) == whole
+
+
+def test_another_text_does_not_go_on(
+    source: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--calibration-windows", "1", "--target-bits", "3.6", "--calibrate"]
+    command = ["convert", str(source), str(tmp_path / "bundle"), *options]
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 1)
+        assert main([*command, str(text)]) == 130
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() + "!", encoding="utf-8")
+    assert main([*command, str(other)]) == 1
+    assert "begun with another source or text" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_models_whose_inputs_are_not_watched_are_refused(
+    with_tokenizer: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrated = ["--calibrate", str(text), "--calibration-windows", "1"]
+    for form, more, word in (
+        ("gpt_oss_bf16", [], "does not know this model's feed-forward"),
+        ("deepseek_f32", ["--target-bits", "3.6"], "cannot be watched yet"),
+    ):
+        source = with_tokenizer(form)
+        config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 512}
+        (source / "config.json").write_text(json.dumps(config))
+        assert main(["convert", str(source), str(tmp_path / "out" / form), *calibrated, *more]) == 1
+        assert word in capsys.readouterr().err
+        assert not (tmp_path / "out" / form).exists()
+
+
+def test_targets_need_a_text_and_stand_alone(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(source), str(tmp_path / "bundle")]
+    for options, word in (
+        (["--target-bits", "3"], "give --calibrate"),
+        (["--calibrate", str(text), "--target-bits", "3", "--bits", "4"], "exclude each other"),
+        (["--calibrate", str(text), "--target-bits", "3", "--target-size", "1MiB"], "exclude each other"),
+    ):
+        assert main([*command, *options]) == 1
+        assert word in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()

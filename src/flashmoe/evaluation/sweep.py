@@ -120,12 +120,14 @@ def _convert(source: Path, folder: Path, options: SweepOptions, open_bundle: Ope
 def _measure_speeds(
     variants: Sequence[Variant], windows: Sequence[Window], repeats: int, open_bundle: Open, bar: Bar
 ) -> None:
-    prompt = windows[0].ids[:_PROMPT_TOKENS]
+    room = len(windows[0].ids)  # of the context, which may be as short as a window
+    prompt = windows[0].ids[: min(_PROMPT_TOKENS, room // 2)]
+    tokens = min(_DECODE_TOKENS, room - len(prompt))
     with bar("measuring speed") as progress:
         for turn in range(repeats):
             for i, variant in enumerate(variants):
                 with open_bundle(variant.bundle, variant.experts_per_token) as llm:
-                    params = llm.sampling_params(temperature=0.0, max_tokens=_DECODE_TOKENS)
+                    params = llm.sampling_params(temperature=0.0, max_tokens=tokens)
                     for _ in range(2):  # the first one fills the pool
                         for _ in llm.engine.generate_ids(prompt, params, set()):
                             pass
