@@ -119,9 +119,14 @@ $(ORACLE_VENV)/.installed: pyproject.toml
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch==2.13.0"
 	touch $@
 
+# The libraries of packed formats, of which tests take single modules; AutoGPTQ has wheels for some Pythons only.
+QUANTISERS := --only-binary :all: "auto-gptq==0.7.1" "auto-round>=0.16" "autoawq==0.2.7.post3"
+
 # Live comparison with Hugging Face on CPU; makes its checkpoints afresh.
 oracle: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
+	-$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(QUANTISERS)
+	-$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "compressed-tensors>=0.20"
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 # The embedded demo model: our own trained checkpoint, converted; its card, licence and golden outputs beside it.

@@ -29,6 +29,20 @@ def test_checkpoint_bundle_and_config_agree(tmp_path: Path, source: Path) -> Non
     assert bundle["codecs"]["4 bit, group 32"] == 8, "the down matrices of 32 columns"
 
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("bits", [None, 4, 3])
+def test_a_config_in_mxfp4_weighs_what_its_checkpoint_does(bits: int | None) -> None:
+    """Experts keep their four bits in groups of 32, unless fewer are asked for."""
+    checkpoint, config = (
+        describe(GOLDEN / "gpt_oss_mxfp4" / name, bits=bits) for name in ("", "config.json")
+    )
+    for key in ("record_nbytes", "expert_nbytes", "resident_nbytes", "codecs"):
+        assert config[key] == checkpoint[key], key
+    assert ("4 bit with a table, group 32" in config["codecs"]) == (bits != 3)
+
+
 def test_skipped_and_unknown_tensors_are_listed(tmp_path: Path, forms: Any) -> None:
     import numpy as np
 

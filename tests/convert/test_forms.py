@@ -11,6 +11,7 @@ import pytest
 
 from flashmoe.bundle import Bundle, FfnLayout, TileCodec, dequantize_ffn
 from flashmoe.convert import convert
+from flashmoe.errors import CheckpointError
 
 WEIGHT_FILES = ("resident.safetensors", "experts/layer-000.bin", "experts/layer-001.bin")
 
@@ -219,3 +220,18 @@ def test_bits_below_the_source_requantise_and_say_so(tmp_path: Path, forms: Any)
     assert np.array_equal(values(bundle, "lm_head"), truth["lm_head"]), (
         "4-bit resident matrices stay as they are"
     )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("fit", ["squares", "range"])
+def test_values_beyond_any_scale_are_refused(tmp_path: Path, forms: Any, fit: str) -> None:
+    """Finite, and their range is not: a scale of it would make every value of the group infinite."""
+    tensors = forms.model().hugging_face()
+    name = "model.layers.0.mlp.shared_expert.up_proj.weight"
+    values = np.zeros(tensors[name].shape, np.float32)
+    values[3, :2] = 3e38, -3e38
+    tensors[name] = forms.stored(values)
+    source = forms.write(tmp_path / "source", tensors, forms.config)
+    with pytest.raises(CheckpointError, match=r"shared_expert\.up_proj.*no scale is finite"):
+        convert(source, tmp_path / "bundle", fit=fit)
+    assert not (tmp_path / "bundle" / "manifest.json").exists()

@@ -114,3 +114,17 @@ def test_an_interrupted_synth_goes_on(config: Path, tmp_path: Path) -> None:
     again = synth(config, tmp_path / "b").path
     for file in whole.rglob("*.*"):
         assert (again / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_mxfp4_experts_have_its_table(tmp_path: Path) -> None:
+    """The shape of a checkpoint in MXFP4, with values of the right size and no mean."""
+    raw = json.loads((Path(__file__).parents[1] / "golden" / "gpt_oss_mxfp4" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"vocab_size": 320}))
+    bundle = Bundle.open(synth(tmp_path / "config.json", tmp_path / "b").path)
+    assert verify(bundle).ok
+    layer = bundle.expert_layers[0]
+    assert layer.ffn.gate_up.table is not None
+    gate, up, down = dequantize_ffn(layer.ffn, bundle.read_expert(0, 1))
+    for values, fan_in in ((gate, 64), (up, 64), (down, 64)):
+        assert 0.6 < values.std() * fan_in**0.5 < 1.6
+        assert abs(values.mean()) < 0.1 * values.std()

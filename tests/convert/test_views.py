@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flashmoe.checkpoint import AffineRows, CodedMatrix, Matrix, Run
-from flashmoe.convert.views import ordered
+from flashmoe.convert.views import ordered, put_rows
 
 F = np.float32
 PIECES = [[(0, 24)], [(0, 1), (23, 1)], [(5, 9), (2, 3), (20, 4)], [(11, 2)]]
@@ -97,3 +97,17 @@ def test_turned_and_unwoven() -> None:
     gate_up = stored.swapaxes(1, 2)  # [E, 2I, H]
     wanted = np.concatenate([gate_up[:, 0::2], gate_up[:, 1::2]], 1).reshape(12, 5)
     np.testing.assert_array_equal(matrix.read_values([(0, 12)]), wanted)
+
+
+@pytest.mark.parametrize(("turned", "woven"), [(5, 0), (0, 8), (5, 8)])
+def test_putting_rows_back(turned: int, woven: int) -> None:
+    """The inverse of ordered(), a few rows at a time; what a turned block has beyond the wanted rows stays."""
+    stored = np.random.default_rng(4).normal(size=(15, 8) if turned else (24, 4)).astype(F)
+    matrix = ordered(Floats(stored), 4, turned=turned, woven=woven)
+    found = np.zeros_like(stored)
+    for rows in np.split(np.random.default_rng(5).permutation(matrix.rows), [3, 11, 12]):
+        put_rows(found, rows, matrix.read_values([(int(row), 1) for row in rows]), turned, woven)
+    wanted = stored.copy()
+    if turned:
+        wanted.reshape(3, 5, 8)[:, 4:] = 0
+    np.testing.assert_array_equal(found, wanted)

@@ -144,7 +144,9 @@ def _size_facts(
 
 
 def _labels(codec: Codec) -> list[str]:
-    """One label per matrix: ``4 bit, group 64``."""
+    """One label per matrix: ``4 bit, group 64``, or ``4 bit with a table, group 32``."""
     if isinstance(codec, FfnLayout):
         return 2 * _labels(codec.gate_up) + _labels(codec.down)
-    return [f"{codec.bits} bit, group {codec.group}"] if isinstance(codec, TileCodec) else [codec.dtype]
+    if not isinstance(codec, TileCodec):
+        return [codec.dtype]
+    return [f"{codec.bits} bit{' with a table' if codec.table else ''}, group {codec.group}"]

@@ -174,9 +174,16 @@ def _encode_batches(part: Part, form: Form) -> Iterator[Quantized]:
 
 def _make(part: Part, values: F32, form: Form) -> Quantized:
     bits, group = form.codec.bits, form.codec.group
-    if form.fit == "range" or bits == 8:  # at eight bits the range loses nothing that could be measured
-        return quantize(values, bits, group)
-    return fit(values, bits, group, part.importance())
+    with np.errstate(over="ignore", invalid="ignore"):  # near the end of float32, which is refused below
+        if form.fit == "range" or bits == 8:  # at eight bits the range loses nothing that could be measured
+            made = quantize(values, bits, group)
+        else:
+            made = fit(values, bits, group, part.importance())
+    if not all(np.isfinite(half_to_f32(raw, "bf16")).all() for raw in (made.scales, made.biases)):
+        raise CheckpointError(
+            f"{part.matrix.where} has values of which no scale is finite: no real model does, download it again"
+        )
+    return made
 
 
 def _keep(matrix: CodedMatrix, runs: Sequence[Run], codec: TileCodec) -> Quantized:

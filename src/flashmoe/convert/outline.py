@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashmoe.bundle.codecs import Codec, DenseCodec, FfnLayout, TileCodec
+from flashmoe.bundle.codecs import FP4_TABLE, Codec, DenseCodec, FfnLayout, TileCodec
+from flashmoe.checkpoint.quantization import read_quantization
 from flashmoe.convert.bits import Bits, part_of
 from flashmoe.errors import BundleError, ConfigError
 from flashmoe.models.registry import find_family
 from flashmoe.models.spec import FfnSpec, MatrixSpec, Spec, VectorSpec
+
+_FP4 = TileCodec(4, 32, "bf16", FP4_TABLE)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Outline:
 
 
 def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
-    """The bundle of a float model converted with ``bits``; raises ConfigError for an unusable config."""
+    """The bundle of a float model converted with ``bits``; raises ConfigError for an unusable config.
+
+    Experts that config.json says are in MXFP4 keep it, as they would be kept.
+    """
     family = find_family(raw)
     config = family.config(raw)
     spec = family.spec(config)
@@ -45,8 +51,7 @@ def make_outline(raw: Mapping[str, Any], bits: Bits) -> Outline:
         resident = tuple(_slot(item, bits, spec.tied) for item in spec.resident)
         ffn = None
         if spec.experts:
-            experts = bits.matrix_bits("experts", "")
-            ffn = _layout(config.hidden_size, config.moe_intermediate_size, experts)
+            ffn = _experts(raw, config.hidden_size, config.moe_intermediate_size, bits)
             ffn = replace(ffn, glu=spec.experts[0].glu, biased=spec.experts[0].biased)
     except BundleError as error:
         raise ConfigError(f"config.json: {error}: flashmoe cannot tile this model") from error
@@ -66,6 +71,14 @@ def _slot(spec: Spec, bits: Bits, tied: bool) -> Slot:
     shape = spec.source.picked_rows, spec.source.cols
     codec.matrix_shape(*shape)
     return Slot(spec.name, codec, shape)
+
+
+def _experts(raw: Mapping[str, Any], hidden: int, intermediate: int, bits: Bits) -> FfnLayout:
+    """As choose_form() would have it of a whole layer."""
+    wanted = bits.parts.get("experts", bits.uniform)
+    if read_quantization(raw, str).method == "mxfp4" and (wanted is None or wanted >= _FP4.bits):
+        return FfnLayout(hidden, intermediate, _FP4, _FP4)
+    return _layout(hidden, intermediate, bits.matrix_bits("experts", ""))
 
 
 def _layout(hidden: int, intermediate: int, bits: int) -> FfnLayout:

@@ -25,9 +25,10 @@ class TilePool:
         self._count = nbytes // codec.tile_nbytes
         self._tiles = np.frombuffer(rng.bytes(self._count * codec.tile_nbytes), np.uint8).copy()
         self._tiles = self._tiles.reshape(self._count, codec.tile_nbytes)
-        # A power of two makes the bias -scale * (2**bits - 1) / 2 exact in bf16: the mean is truly 0.
-        scale = 2.0 ** round(math.log2(_unit_scale(codec.bits) / math.sqrt(fan_in)))
-        pair = np.array([scale, -scale * ((1 << codec.bits) - 1) / 2], np.float32)
+        # A power of two makes the bias, minus the mean of the values before it, exact in bf16: the mean is truly 0.
+        values = np.array(codec.table or range(1 << codec.bits))
+        scale = 2.0 ** round(math.log2(1 / values.std() / math.sqrt(fan_in)))
+        pair = np.array([scale, -scale * values.mean()], np.float32)
         halves = f32_to_half(pair, codec.scale_dtype)
         self._tiles[:, -4 * TILE_ROWS :] = np.repeat(halves, TILE_ROWS).astype("<u2").view(np.uint8)
 
