@@ -59,6 +59,17 @@ def test_a_shared_pool_lends_what_a_layer_does_not_need(tiny: Trace) -> None:
     assert hits(tiny, BELADY, Setting(3, pool="shared"))[0] == [0, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu-decay"])
+def test_layers_that_share_a_full_pool_hit_what_they_would_alone(tmp_path: Path, policy: str) -> None:
+    rng, tokens = np.random.default_rng(8), 400
+    liked = rng.random((4, 16)) ** 3
+    ids = [[rng.choice(16, 3, False, row / row.sum()) for row in liked] for _ in range(tokens)]
+    np.savez(tmp_path / "t.npz", expert_ids=np.array(ids))
+    trace = read_trace(tmp_path / "t.npz")
+    alone, shared = (np.array(hits(trace, policy, Setting(6, pool))) for pool in ("layer", "shared"))
+    assert np.array_equal(alone[:, tokens // 2 :], shared[:, tokens // 2 :])
+
+
 def test_a_pool_below_one_step_is_refused(tiny: Trace) -> None:
     with pytest.raises(ConfigError, match="--slots 1 cannot hold one step's 2 experts"):
         hits(tiny, "lru", Setting(1))

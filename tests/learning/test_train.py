@@ -11,9 +11,10 @@ import pytest
 from flashmoe.bench.replay import BELADY, Material, Setting, replay
 from flashmoe.bench.split import part_of
 from flashmoe.errors import ConfigError, TraceError
-from flashmoe.learning.network import NetworkOptions, _fit_layer, _gradients
-from flashmoe.learning.targets import NEVER, decayed, distances
+from flashmoe.learning.network import NetworkOptions, _fit_layer, _gradients, _inputs, _judged, fit_network
+from flashmoe.learning.targets import NEVER, decayed, distances, use_matrix
 from flashmoe.learning.train import train
+from flashmoe.store.policies.flashmoe_net import FlashMoeNet
 from flashmoe.store.policies.flashmoe_net import distances as predict
 from flashmoe.store.policies.learned_file import KINDS, load_learned, save_learned
 from flashmoe.store.policies.registry import Geometry, learned_maker, policy_maker
@@ -112,5 +113,37 @@ def test_the_network_learns_a_function_it_can_hold() -> None:
     rng = np.random.default_rng(1)
     x = rng.random((600, 8)).astype(np.float32)
     y = (0.5 * x[:, :2] + 0.25).astype(np.float32)
-    network = _fit_layer(x, y, NetworkOptions(epochs=60))
+    network = _fit_layer(x, y, np.arange(600) >= 540, NetworkOptions(epochs=60))
     assert ((predict(x, network) - y) ** 2).mean() < 0.05 * y.var()
+
+
+def test_the_network_is_trained_on_what_a_replay_shows_it(linked_trace: Trace) -> None:
+    """History goes on from sequence to sequence, or begins anew where the cache does."""
+    trace, used = linked_trace.select(np.arange(700)), use_matrix(linked_trace, 1)[:700]
+    weights = fit_network(trace.select(np.arange(20)), NetworkOptions(epochs=1))
+    going_on, cold = _inputs(used, set()), _inputs(used, {0, 300, 600})
+    policy, fresh = FlashMoeNet(weights, 1), FlashMoeNet(weights, 1)
+    for i, row in enumerate(used):
+        if i % 300 == 0:
+            fresh = FlashMoeNet(weights, 1)
+        for one in (policy, fresh):
+            one.touch(np.flatnonzero(row).tolist())
+        assert np.allclose(going_on[i], policy.features(), rtol=1e-6)
+        assert np.allclose(cold[i], fresh.features(), rtol=1e-6)
+    assert not np.allclose(going_on, cold)
+
+
+def test_early_stopping_judges_by_whole_sequences() -> None:
+    begins = np.arange(0, 100, 5)
+    judged = _judged(begins, 100, 0.1)
+    assert judged.sum() == 10
+    assert all(part.all() or not part.any() for part in judged.reshape(20, 5))
+    assert np.flatnonzero(_judged(begins[:3], 100, 0.1)).tolist() == list(range(90, 100))
+
+
+def test_only_the_network_may_be_trained_cold(linked_trace: Trace) -> None:
+    short = linked_trace.select(np.arange(600))
+    going_on, cold = (train(short, "flashmoe-net", cold=cold).weights for cold in (False, True))
+    assert not np.array_equal(going_on.w1, cold.w1)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="--cold is for --kind flashmoe-net"):
+        train(short, "forecast", cold=True)

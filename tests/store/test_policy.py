@@ -283,6 +283,15 @@ class TestLayeredLru:
         policy.touch(1, [5])
         assert policy.victim(0, frozenset()) == (1, 5)
 
+    def test_a_layer_counts_what_it_reads(self) -> None:
+        policy = LayeredLru()
+        for layer, expert in ((0, 1), (0, 2), (1, 1), (1, 2)):
+            policy.insert(layer, expert)
+        policy.touch(1, [2])
+        assert policy.victim(0, {3, 4}) == (0, 1)
+        policy.remove(0, 1)
+        assert policy.victim(0, {3, 4}) == (0, 2), "or layer 0 would hold three of the four"
+
     def test_what_is_in_use_is_passed_over(self) -> None:
         policy = LayeredLru()
         for expert in range(3):
@@ -313,7 +322,8 @@ class TestLayeredLru:
         self, trace: list[tuple[int, set[int]]], capacity: int
     ) -> None:
         def observe(layer: int, experts: set[int], victim: tuple[int, int], resident: Resident) -> None:
-            sizes = [sum(number == candidate for number, _ in resident) for candidate in range(LAYERS)]
+            coming = resident | {(layer, expert) for expert in experts}
+            sizes = [sum(number == candidate for number, _ in coming) for candidate in range(LAYERS)]
             giving = [
                 size
                 for number, size in enumerate(sizes)

@@ -41,6 +41,7 @@ BENCHES = {
     "io-experiments": "bench_io_experiments",
     "serve": "bench_serve",
     "warm-start": "bench_warm_start",
+    "policies": "bench_policies",
 }
 
 EXIT_ERROR = 1

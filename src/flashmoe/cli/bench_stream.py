@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import FlashmoeError
 from flashmoe.types import format_size
@@ -43,44 +41,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences decoded together (default 1)",
     )
-    parser.add_argument("--repeats", type=options.count, default=3, metavar="N", help="default: 3")
     parser.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--experts-per-token", type=options.count, metavar="N", help="lossy; to compare")
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
-    options.add_json(parser)
+    bench_report.add_repeats(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Measure each budget in turn, as often as asked, and report."""
-    from datetime import UTC, datetime
-
-    from flashmoe.bench.machine import describe_machine
-    from flashmoe.env import cpu_count
-    from flashmoe.kernels.cpu import choose_isa
-
     bundle = args.bundle or find_demo_bundle()
     rows = [_measure(args, bundle, memory) for memory in args.memory]
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": Path(bundle).name,
-        "machine": describe_machine(choose_isa()[0], cpu_count()),
-        "options": {"tokens": args.tokens, "warm": args.warm, "prompt": args.prompt, "repeats": args.repeats}
-        | {
-            "parallel": args.parallel,
-            "lookahead": args.lookahead,
-            "experts_per_token": args.experts_per_token,
-        },
+    chosen = {"tokens": args.tokens, "warm": args.warm, "prompt": args.prompt, "repeats": args.repeats} | {
+        "parallel": args.parallel,
+        "lookahead": args.lookahead,
+        "experts_per_token": args.experts_per_token,
+    }
+    report = bench_report.begin(bundle, chosen) | {
         "results": rows,
         "same_logits": len({row["logits_xxh3"] for row in rows}) == 1,
     }
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(report)
+    bench_report.finish(args, report, _show)
     return 0 if report["same_logits"] else 1
 
 
@@ -100,12 +79,9 @@ def _measure(args: argparse.Namespace, bundle: Path, memory: int | None) -> dict
     )
     runs = []
     for repeat in range(args.repeats):
-        if sys.stderr.isatty():
-            size = "default" if memory is None else format_size(memory)
-            print(f"\r\x1b[2K{size}, {repeat + 1} of {args.repeats}", end="", file=sys.stderr, flush=True)
+        size = "default" if memory is None else format_size(memory)
+        bench_report.note(f"{size}, {repeat + 1} of {args.repeats}")
         runs.append(measure_in_process(wanted))
-    if sys.stderr.isatty():
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
     if len({run["logits_xxh3"] for run in runs}) != 1:
         raise FlashmoeError(f"{bundle}: two runs gave different logits: report this as a bug")
     row: dict[str, Any] = _median(runs)
@@ -127,7 +103,6 @@ def _rate(tokens: float) -> str:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report['model']}, medians of {report['options']['repeats']} runs")
@@ -162,7 +137,7 @@ def _show(report: dict[str, Any]) -> None:
                 f"{one['stall_share']:.0%}",
                 format_size(row["peak_memory_bytes"]) if kind == "decode" else "",
             )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = bench_report.console()
     console.print(table)
     for row in report["results"]:
         layer = row["decode"]["layer_ms"]

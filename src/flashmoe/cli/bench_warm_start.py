@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import FlashmoeError
 from flashmoe.types import format_size
@@ -34,52 +32,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="between the start and the first token, cold or warm (default 3)",
     )
-    parser.add_argument("--repeats", type=options.count, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
-    options.add_json(parser)
+    bench_report.add_repeats(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Measure in alternation and report."""
-    from datetime import UTC, datetime
-
-    from flashmoe.bench.machine import describe_machine
     from flashmoe.bench.warm_start import WarmStartOptions, compare
-    from flashmoe.env import cpu_count
-    from flashmoe.kernels.cpu import choose_isa
 
     bundle = args.bundle or find_demo_bundle()
     wanted = WarmStartOptions(str(bundle), args.memory, args.tokens, args.idle)
-    runs = compare(wanted, args.teach, args.repeats, _note)
-    if sys.stderr.isatty():
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+    runs = compare(wanted, args.teach, args.repeats, bench_report.note)
     if len({run["logits_xxh3"] for run in runs}) != 1:
         raise FlashmoeError(f"{bundle}: two starts gave different logits: report this as a bug")
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": Path(bundle).name,
-        "machine": describe_machine(choose_isa()[0], cpu_count()),
-        "options": {"tokens": args.tokens, "teach": args.teach, "idle_seconds": args.idle},
-        "runs": runs,
-    }
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(report)
+    chosen = {"tokens": args.tokens, "teach": args.teach, "idle_seconds": args.idle}
+    bench_report.finish(args, bench_report.begin(bundle, chosen) | {"runs": runs}, _show)
     return 0
 
 
-def _note(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     wanted = report["options"]
@@ -97,6 +67,6 @@ def _show(report: dict[str, Any]) -> None:
             f"{first['filled_slots']} of {first['slots']}",
             format_size(max(run["peak_memory_bytes"] for run in runs)),
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = bench_report.console()
     console.print(table)
     console.print("all starts gave the same logits")

@@ -34,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of a forecast: smaller for smaller pools (default 5)",
     )
     parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="of flashmoe-net: history begins anew with each sequence, as in `flashmoe simulate --cold`",
+    )
+    parser.add_argument(
         "--bundle",
         type=Path,
         metavar="BUNDLE",
@@ -61,7 +66,8 @@ def execute(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r\x1b[2Klayer {layer + 1} of {layers}", end="", file=sys.stderr, flush=True)
 
-    learned = train(trace, args.kind, horizon=args.horizon or ForecastOptions.horizon, progress=progress)
+    horizon = args.horizon or ForecastOptions.horizon
+    learned = train(trace, args.kind, horizon=horizon, cold=args.cold, progress=progress)
     if sys.stderr.isatty():
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
     save_learned(args.output, learned)

@@ -24,13 +24,17 @@ def train(
     kind: str = "forecast",
     *,
     horizon: float = ForecastOptions.horizon,
+    cold: bool = False,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> Learned:
     """Train a policy on a trace's decoded tokens.
 
-    kind: a key of KINDS; horizon: see ForecastOptions.  progress hears each layer that is done.  Raises ConfigError for
-    unknown kinds, TraceError when there is too little to learn from.
+    kind: a key of KINDS; horizon: see ForecastOptions; cold: see NetworkOptions.  progress hears each layer that is
+    done.  Raises ConfigError for unknown kinds and cold ones of the others, TraceError when there is too little to
+    learn from.
     """
+    if cold and kind != "flashmoe-net":
+        raise ConfigError(f"--cold is for --kind flashmoe-net: a {kind} forgets what is long ago anyway")
     trace = trace.decoding()
     if trace.tokens < FEWEST_TOKENS:
         raise TraceError(
@@ -40,7 +44,7 @@ def train(
     if kind == "forecast":
         weights = fit_forecast(trace, ForecastOptions(horizon=horizon), progress)
     elif kind == "flashmoe-net":
-        weights = fit_network(trace, NetworkOptions(), progress)
+        weights = fit_network(trace, NetworkOptions(cold=cold), progress)
     elif kind == "pairwise":
         weights = fit_pairwise(trace, progress=progress)
     else:

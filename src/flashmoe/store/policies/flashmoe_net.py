@@ -56,11 +56,15 @@ class FlashMoeNet(Scored):
     def victim(self, keep: AbstractSet[int]) -> int | None:
         """See LayerPolicy."""
         if self._order is None:
-            x = np.concatenate(
-                [1 / (self._clock - self._last + 1), self._counts / max(1.0, self._counts.max())]
-            )
-            self._scores = (-distances(x[None], self._network)[0]).tolist()
+            self._scores = (-distances(self.features()[None], self._network)[0]).tolist()
         return super().victim(keep)
+
+    def features(self) -> F32:
+        """[2 E]: recency and frequency after the events so far."""
+        return np.concatenate(
+            [1 / (self._clock - self._last + 1), self._counts / max(1.0, self._counts.max())],
+            dtype=np.float32,
+        )
 
 
 def distances(x: F32, network: Sequence[F32]) -> F32:

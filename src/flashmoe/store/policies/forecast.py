@@ -53,7 +53,11 @@ class Forecast:
     """
 
     def __init__(self, weights: ForecastWeights) -> None:
-        self._layers = [ForecastLayer(self, index, weights) for index in range(len(weights.layers))]
+        layers, experts, decays, rank = weights.inputs.shape
+        # The same for all layers, so that it stays in the processor's caches from layer to layer.
+        self.decays = np.repeat(weights.decays[:, None], experts + rank, 1)
+        self.ones, self.used = np.ones(max(experts, decays), np.float32), np.zeros(experts, np.float32)
+        self._layers = [ForecastLayer(self, index, weights) for index in range(layers)]
         self._by_number = dict(zip(weights.layers, self._layers, strict=True))
         self.current = -1  # index of the layer that was touched last
         self._late: list[int] = []  # layers with an event that their forecast does not know yet
@@ -85,15 +89,15 @@ class Forecast:
 class ForecastLayer(Scored):
     """LayerPolicy: who is forecast least leaves.
 
-    O(k) an event; O(k (S + NEIGHBOURS) r + E (S + r)) when refreshed; O(R log R) once more for an event with victims.
-    What a call to numpy costs weighs more than the numbers in it, so arrays that change together are one array.
+    O(k) an event; O(k (S + NEIGHBOURS) r + E (S + r)) when refreshed; O(E + R log R) once more for an event with
+    victims.  What a call to numpy costs weighs more than the numbers in it, so arrays that change together are one
+    array, and views of them are made once.
     """
 
     def __init__(self, owner: Forecast, index: int, weights: ForecastWeights) -> None:
         super().__init__()
         layers, experts, decays, rank = weights.inputs.shape
-        self._owner, self._index, self._experts = owner, index, experts
-        self._decays, self._direct = np.repeat(weights.decays[:, None], experts + rank, 1), weights.direct
+        self._owner, self._index = owner, index
         # What an expert's use adds: to this layer's own z for each decay, and to that of the layers after it.
         own = weights.inputs[index].reshape(experts, decays * rank)
         after = [
@@ -103,23 +107,38 @@ class ForecastLayer(Scored):
             for n in range(1, NEIGHBOURS + 1)
         ]
         self._rows = np.ascontiguousarray(np.concatenate([own, *after], 1))
-        self._readout = np.concatenate([weights.readout[index], weights.bias[index][:, None]], 1)
-        self._history = np.zeros((decays, experts + rank), np.float32)  # decayed uses, and z of each decay
-        self._uses, self._state = self._history[:, :experts], self._history[:, experts:]
-        self._every, self._z = np.ones(decays, np.float32), np.ones(rank + 1, np.float32)
-        self._used = np.zeros(experts, np.float32)
-        self._shape, self._split = (decays, rank), decays * rank
-        self._scores: list[float] = weights.bias[index].tolist()
-        self._latest: Sequence[int] = ()
+        # forecast = [z | 1 | direct] @ [readout | bias | decayed uses]: one product, its second factor row by row.
+        self._factors = np.concatenate([np.ones(rank + 1, np.float32), weights.direct])
+        self._z = self._factors[:rank]
+        uses = np.zeros((decays, experts), np.float32)
+        self._terms = np.concatenate([weights.readout[index].T, weights.bias[index][None], uses])
+        self._uses = self._terms[rank + 1 :]
+        self._state = np.zeros((decays, rank), np.float32)  # z of each decay
+        self._use_decays, self._state_decays = owner.decays[:, :experts], owner.decays[:, experts:]
+        self._latest: NDArray[np.intp] = np.zeros(0, np.intp)
         self._added = np.zeros(self._rows.shape[1], np.float32)  # by the latest event, once it is asked for
+        self._own = self._added[: decays * rank].reshape(decays, rank)
+        self._after = self._added[decays * rank :].reshape(NEIGHBOURS, rank)
+        self._forecast = weights.bias[index].copy()
+        self._held = np.zeros(experts, np.bool_)
         self._is_added = self._is_settled = True
-        self._is_fresh = False  # _scores are those of the coming event
+        self._is_fresh = False  # _forecast is that of the coming event
 
     def touch(self, experts: Sequence[int]) -> None:
         """See LayerPolicy."""
         self.settle()  # the event before, if nobody refreshed since
-        self._latest, self._is_added, self._is_settled = experts, False, False
+        self._latest, self._is_added, self._is_settled = np.array(experts, np.intp), False, False
         self._owner.touched(self._index)
+
+    def insert(self, expert: int) -> None:
+        """See LayerPolicy."""
+        super().insert(expert)
+        self._held[expert] = True
+
+    def remove(self, expert: int) -> None:
+        """See LayerPolicy."""
+        super().remove(expert)
+        self._held[expert] = False
 
     def victim(self, keep: AbstractSet[int]) -> int | None:
         """See LayerPolicy."""
@@ -133,32 +152,42 @@ class ForecastLayer(Scored):
         """Take the latest event into the layer's history."""
         if self._is_settled:
             return
-        added = self.added()
-        self._history *= self._decays
-        self._used[:] = 0
-        self._used[self._latest] = 1
-        self._uses += self._used
-        self._state += added[: self._split].reshape(self._shape)
+        self._add()
+        used = self._owner.used
+        used.fill(0)
+        used[self._latest] = 1
+        np.multiply(self._uses, self._use_decays, out=self._uses)
+        np.add(self._uses, used, out=self._uses)
+        np.multiply(self._state, self._state_decays, out=self._state)
+        np.add(self._state, self._own, out=self._state)
         self._is_settled, self._is_fresh = True, False
 
     def outdate(self) -> None:
         """A layer before has something new."""
         self._is_fresh = False
 
-    def added(self) -> F32:
-        """What the latest event adds to this layer's z, and to those of the layers after it."""
-        if not self._is_added:
-            np.add.reduce(self._rows.take(self._latest, 0), 0, out=self._added)
-            self._is_added = True
-        return self._added
+    def added(self, distance: int) -> F32:
+        """What the latest event adds to z of the layer that comes so many after this one."""
+        self._add()
+        row: F32 = self._after[distance - 1]
+        return row
 
     def forecast(self) -> None:
         """For the event after those that are settled."""
-        z = self._z[:-1]  # the last one is always 1, for the bias
-        np.dot(self._every, self._state, out=z)
-        rank = len(z)
-        for n, layer in enumerate(self._owner.before(self._index)):
-            begin = self._split + n * rank
-            z += layer.added()[begin : begin + rank]
-        scores: list[float] = (self._direct @ self._uses + self._readout @ self._z).tolist()
-        self._scores, self._order, self._is_fresh = scores, None, True
+        z, owner = self._z, self._owner
+        np.dot(owner.ones[: len(self._state)], self._state, out=z)
+        for distance, layer in enumerate(owner.before(self._index), 1):
+            np.add(z, layer.added(distance), out=z)
+        np.dot(self._factors, self._terms, out=self._forecast)
+        self._order, self._is_fresh = None, True
+
+    def _add(self) -> None:
+        if not self._is_added:
+            latest = self._latest
+            np.dot(self._owner.ones[: len(latest)], self._rows.take(latest, 0), out=self._added)
+            self._is_added = True
+
+    def _sorted(self, resident: set[int]) -> list[int]:
+        held = np.flatnonzero(self._held)
+        order: list[int] = held[self._forecast.take(held).argsort(kind="stable")].tolist()
+        return order
