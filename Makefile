@@ -126,7 +126,7 @@ QUANTISERS := --only-binary :all: "auto-gptq==0.7.1" "auto-round>=0.16" "autoawq
 oracle: $(ORACLE_VENV)/.installed
 	$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q ".[oracle]"
 	-$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps $(QUANTISERS)
-	-$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "compressed-tensors>=0.20"
+	-$(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install -q "compressed-tensors>=0.20" "mlx[cpu]>=0.32" "mlx-lm>=0.32"
 	$(ORACLE_VENV)/bin/python -m pytest tests/oracle
 
 # The embedded demo model: our own trained checkpoint, converted; its card, licence and golden outputs beside it.

@@ -1,7 +1,7 @@
 """The engine against float32 Hugging Face logits of tiny random checkpoints, one per accepted file form.
 
-tests/golden/make_fixtures.py made the files; golden.json says which reference belongs to which; attention_families.py and its JSON do that for gpt-oss and
-DeepSeek-V3.
+tests/golden/make_fixtures.py made the files; golden.json says which reference belongs to which.
+For gpt-oss and DeepSeek-V3 attention_families.py and its JSON do that.
 """
 
 from __future__ import annotations
