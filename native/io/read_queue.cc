@@ -3,20 +3,32 @@
 #include <utility>
 
 namespace flashmoe {
+namespace {
+// Reads that may be in flight when a prefetch begins.  With two the drive is busy, and a demand read that comes
+// next shares it with two records at most.
+constexpr size_t kPrefetchBeside = 1;
+}  // namespace
 
 void ReadQueue::push(ReadRequest request) {
+  bool wanted = true;
   {
     const std::lock_guard lock(mutex_);
     (request.prefetch ? prefetch_ : demand_).push_back(std::move(request));
     ++outstanding_;
+    wanted = ready();
   }
-  work_.notify_one();
+  // A prefetch that has to wait is found by whoever finishes a read: a thread that is woken in vain takes a processor
+  // from one that computes.
+  if (wanted) work_.notify_one();
 }
 
 std::optional<ReadRequest> ReadQueue::pop() {
   std::unique_lock lock(mutex_);
-  work_.wait(lock, [this] { return stop_ || !demand_.empty() || !prefetch_.empty(); });
-  return take();
+  work_.wait(lock, [this] { return stop_ || ready(); });
+  std::optional<ReadRequest> request = take();
+  // After a finished read two prefetches may begin, and only this thread looks.
+  if (request && demand_.empty() && ready()) work_.notify_one();
+  return request;
 }
 
 std::optional<ReadRequest> ReadQueue::try_pop() {
@@ -24,9 +36,13 @@ std::optional<ReadRequest> ReadQueue::try_pop() {
   return take();
 }
 
+bool ReadQueue::ready() const {
+  return !demand_.empty() || (!prefetch_.empty() && in_flight_ <= kPrefetchBeside);
+}
+
 std::optional<ReadRequest> ReadQueue::take() {
+  if (stop_ || !ready()) return std::nullopt;
   std::deque<ReadRequest>& queue = demand_.empty() ? prefetch_ : demand_;
-  if (stop_ || queue.empty()) return std::nullopt;
   std::optional<ReadRequest> request = std::move(queue.front());
   queue.pop_front();
   if (in_flight_++ == 0) busy_since_ = std::chrono::steady_clock::now();
@@ -54,6 +70,16 @@ std::vector<Completion> ReadQueue::wait(std::chrono::milliseconds timeout) {
   out.swap(completed_);
   outstanding_ -= out.size();
   return out;
+}
+
+std::vector<int64_t> ReadQueue::withdraw() {
+  const std::lock_guard lock(mutex_);
+  std::vector<int64_t> tags;
+  for (const ReadRequest& request : prefetch_) tags.push_back(request.tag);
+  prefetch_.clear();
+  outstanding_ -= tags.size();
+  if (outstanding_ == 0) done_.notify_all();
+  return tags;
 }
 
 size_t ReadQueue::outstanding() const {

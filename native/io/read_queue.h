@@ -18,7 +18,8 @@ class ReadQueue {
  public:
   void push(ReadRequest request);
 
-  // The next request, demand before prefetch, each in order.  Blocks for one; none after stop().
+  // The next request, demand before prefetch, each in order; see ReadRequest::prefetch for when a prefetch may
+  // begin.  Blocks for one; none after stop().
   std::optional<ReadRequest> pop();
   // The same without blocking.
   std::optional<ReadRequest> try_pop();
@@ -26,13 +27,16 @@ class ReadQueue {
   void finish(ReadRequest& request, std::string error);
 
   std::vector<Completion> wait(std::chrono::milliseconds timeout);  // see Reader::wait
+  std::vector<int64_t> withdraw();                                  // see Reader::withdraw
   size_t outstanding() const;
   ReaderStats stats() const;
   void stop();  // nothing is popped any more
   bool stopped() const;
 
  private:
-  std::optional<ReadRequest> take();  // under the lock
+  // Both under the lock.
+  bool ready() const;
+  std::optional<ReadRequest> take();
 
   mutable std::mutex mutex_;
   std::condition_variable work_, done_;

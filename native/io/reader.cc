@@ -53,6 +53,7 @@ void Reader::check(const ReadRequest& request) const {
 }
 
 std::vector<Completion> Reader::wait(std::chrono::milliseconds timeout) { return queue_->wait(timeout); }
+std::vector<int64_t> Reader::withdraw() { return queue_->withdraw(); }
 size_t Reader::outstanding() const { return queue_->outstanding(); }
 bool Reader::direct() const { return files_->direct(); }
 const std::string& Reader::direct_reason() const { return files_->direct_reason(); }

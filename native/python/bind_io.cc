@@ -35,6 +35,13 @@ EngineKind parse_engine(const std::string& engine) {
   throw std::invalid_argument("engine must be auto, threads or uring");
 }
 
+nb::list to_list(const std::vector<Completion>& completions) {
+  nb::list out;
+  for (const Completion& completion : completions)
+    out.append(nb::make_tuple(completion.tag, completion.error));
+  return out;
+}
+
 // Blocks in slices, so that Ctrl-C is noticed while the drive hangs.
 nb::list wait(Reader& reader) {
   std::vector<Completion> completions;
@@ -47,10 +54,7 @@ nb::list wait(Reader& reader) {
     // Only with nothing in hand: an exception here would lose completions.
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
-  nb::list out;
-  for (const Completion& completion : completions)
-    out.append(nb::make_tuple(completion.tag, completion.error));
-  return out;
+  return to_list(completions);
 }
 
 }  // namespace
@@ -94,6 +98,8 @@ void bind_io(nb::module_& m) {
           },
           "file"_a, "offset"_a, "nbytes"_a, "buffer"_a, "buffer_offset"_a, "tag"_a, "prefetch"_a = false)
       .def("wait", &wait)
+      .def("poll", [](Reader& self) { return to_list(self.wait(std::chrono::milliseconds(0))); })
+      .def("withdraw", &Reader::withdraw)
       .def_prop_ro("outstanding", &Reader::outstanding)
       .def_prop_ro("direct", &Reader::direct)
       .def_prop_ro("direct_reason", &Reader::direct_reason)

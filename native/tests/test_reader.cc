@@ -138,6 +138,23 @@ void serves_demand_first(const std::string& path, EngineKind engine) {
   }
 }
 
+// Prefetches wait until at most one read is in flight, and those that wait can be taken back.
+void withdraws_what_has_not_begun(const std::string& path, EngineKind engine) {
+  for (int round = 0; round < 50; ++round) {
+    Reader reader({path}, DirectMode::automatic, engine, 8);
+    auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, false);
+    reader.submit({0, 0, kRecords * kRecord, buffer, 0, 0, false});
+    for (int64_t tag = 1; tag < 9; ++tag) reader.submit({0, 0, kBlock, buffer, 0, tag, true});
+    std::vector<int> seen(9);
+    for (int64_t tag : reader.withdraw()) ++seen[static_cast<size_t>(tag)];
+    const size_t left = reader.outstanding();
+    for (const Completion& completion : wait_for(reader, left)) ++seen[static_cast<size_t>(completion.tag)];
+    for (int count : seen) CHECK(count == 1);
+    CHECK(reader.outstanding() == 0 && reader.withdraw().empty());
+    CHECK(reader.stats().max_in_flight <= 2);
+  }
+}
+
 // Several threads submit and wait at once: every read completes once, whoever receives it.
 void serves_many_threads(const std::string& path, EngineKind engine) {
   constexpr int kThreads = 4, kReads = 200;
@@ -186,6 +203,7 @@ void all_tests(const std::string& path, EngineKind engine) {
   }
   refuses_bad_requests(path, engine);
   serves_demand_first(path, engine);
+  withdraws_what_has_not_begun(path, engine);
   serves_many_threads(path, engine);
   stops_with_work_left(path, engine);
 }

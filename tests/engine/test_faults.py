@@ -34,7 +34,9 @@ def owners(engine: Engine) -> list[int]:
     """Every slot once for each of its owners."""
     cache: Any = engine._parts.cache
     resident = [slot for layer in cache._resident.values() for slot in layer.values()]
-    return sorted([*resident, *cache._staging, *cache._foreseen, *cache._arrived, *cache._arena._free])
+    return sorted(
+        [*resident, *cache._staging, *cache._foreseen, *cache._arrived, *cache._landed, *cache._arena._free]
+    )
 
 
 def one_clear_line(error: BaseException, machine: Any, words: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashmoe.engine.engine import Engine, EngineOptions
@@ -16,10 +17,10 @@ from flashmoe.errors import ConfigError
 
 
 class Step:
-    """A request that waits for `outstanding` reads, and a cache that holds `resident` of every layer."""
+    """A request, and a cache that holds `resident` of every layer."""
 
-    def __init__(self, resident: Sequence[int] = (), outstanding: int = 0) -> None:
-        self.resident, self.outstanding = set(resident), outstanding
+    def __init__(self, resident: Sequence[int] = ()) -> None:
+        self.resident = set(resident)
         self.read: list[tuple[int, list[int]]] = []
 
     def resident_experts(self, layer: int) -> set[int]:
@@ -36,36 +37,44 @@ def lookahead(step: Any, mode: str) -> Lookahead:
 def test_the_most_probable_missing_experts_are_read() -> None:
     step: Any = Step(resident=[7, 4])
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [7, 1, 4, 9, 2]), 1)
+    ahead.guess(lambda _: (3, [7, 1, 4, 9, 2, 8, 0]), 1)
     ahead.read(step)
-    assert step.read == [(3, [1, 9, 2][:AHEAD])]
+    assert step.read == [(3, [1, 9, 2, 8, 0][:AHEAD])]
     ahead.judge(3, [1, 4, 7])
     assert (ahead.guesses, ahead.right) == (AHEAD, 1)
 
 
-def test_needed_reads_come_first() -> None:
-    step: Any = Step(outstanding=5)
+def test_a_later_guess_replaces_an_earlier_one() -> None:
+    step: Any = Step()
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [1]), 1)
+    known = np.ones((1, 4), np.float32)
+    told: list[Any] = []
+
+    def foresight(added: Any) -> tuple[int, list[int]]:
+        told.append(added)
+        return (3, [1] if added is None else [2])
+
+    ahead.guess(foresight, 1)
+    ahead.guess(foresight, 1, known)
     ahead.read(step)
-    assert step.read == []
-    step.outstanding = 0
-    ahead.read(step)
-    assert step.read == [(3, [1])]
+    assert told == [None, known]
+    assert step.read == [(3, [2])]
+    ahead.judge(3, [2])
+    assert (ahead.guesses, ahead.right) == (1, 1)
 
 
 def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
     step: Any = Step()
     ahead = lookahead(step, "auto")
     for _ in range(10):
-        ahead.guess(lambda: (1, [0, 1]), 1)
+        ahead.guess(lambda _: (1, [0, 1]), 1)
         ahead.judge(1, [5, 6])
     assert not ahead.reading
-    ahead.guess(lambda: (1, [0, 1]), 1)
+    ahead.guess(lambda _: (1, [0, 1]), 1)
     ahead.read(step)
     assert step.read == []
     for _ in range(16 * 60):  # only now and then is a guess still made
-        ahead.guess(lambda: (1, [0, 1]), 1)
+        ahead.guess(lambda _: (1, [0, 1]), 1)
         ahead.judge(1, [0, 1])
     assert ahead.reading
 
@@ -73,13 +82,13 @@ def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
 def test_a_guess_for_another_layer_is_not_judged() -> None:
     step: Any = Step()
     ahead = lookahead(step, "on")
-    ahead.guess(lambda: (3, [1]), 1)
+    ahead.guess(lambda _: (3, [1]), 1)
     ahead.judge(0, [2])
     assert ahead.guesses == 0
 
 
 def test_off_asks_nobody() -> None:
-    def fail() -> tuple[int, list[int]]:
+    def fail(_: Any) -> tuple[int, list[int]]:
         raise AssertionError("nobody wants to know")
 
     step: Any = Step()
@@ -112,7 +121,7 @@ def test_a_pool_of_one_step_lends_nothing(demo_bundle: Path) -> None:
 def test_nobody_is_asked_when_all_experts_are_in_memory(demo_bundle: Path) -> None:
     with Engine.open(demo_bundle, EngineOptions(expert_slots=240, lookahead="on")) as engine:
         ahead, asked = engine._parts.experts.lookahead, list[bool]()
-        ahead.guess = lambda foresight, tokens: asked.append(foresight is not None)
+        ahead.guess = lambda foresight, tokens, added=None: asked.append(foresight is not None)
         engine.feed([1])
         assert any(asked)
         Workbench(engine).warm()

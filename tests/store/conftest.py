@@ -129,7 +129,7 @@ class World:
             for expert, slot in self.cache.resident(layer).items()
         ]
         owned = [slot for slot, _, _ in places] + self.cache._staging + self.arena._free
-        owned += [*foreseen, *self.cache._arrived]
+        owned += [*foreseen, *self.cache._arrived, *self.cache._landed]
         assert sorted(owned) == list(range(self.arena.count))
         assert all(self.holds(*place) for place in places)
         assert self.policy.told == self.resident()

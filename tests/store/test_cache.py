@@ -350,3 +350,48 @@ def test_a_guess_does_not_take_what_the_step_uses(make_world: MakeWorld) -> None
         request.foresee(1, [0, 1, 2])
         assert set(world.cache.resident(0)) == {0, 1}
     world.check()
+
+
+def test_a_guess_that_has_landed_is_there_at_once_and_still_was_a_miss(make_world: MakeWorld) -> None:
+    world = make_world(6, k=2, order=ORDERS["all, newest first"])
+    with world.cache.request(0, [0, 1]) as request:
+        request.foresee(1, [3, 4])
+        while request.next_ready():
+            pass
+    assert world.reader.outstanding == 2, "they began when the step's own reads had ended"
+    with world.cache.request(1, [3, 5]) as request:
+        assert [expert for expert, _ in request.hits] == [3]
+        assert [expert for expert, _ in request.next_ready()] == [5]
+    stats = world.cache.stats()
+    assert (stats.layers[1].hits, stats.layers[1].misses, stats.layers[1].foreseen) == (0, 2, 1)
+    assert (stats.missed_bytes, stats.wasted_bytes) == (4 * RECORD, RECORD)
+    assert 4 in world.cache.resident(1), "a wrong guess stays: it was read anyway"
+    world.check()
+
+
+def test_guesses_wait_for_the_step_and_are_taken_back_by_the_next(make_world: MakeWorld) -> None:
+    world = make_world(9, k=3, order=ORDERS["one by one, oldest first"])
+    with world.cache.request(0, [0, 1, 2]) as request:
+        request.foresee(1, [3, 4, 5])
+        for expert in range(3):  # a guess begins when one read is left
+            assert [landed for landed, _ in request.next_ready()] == [expert]
+        assert request.next_ready() == []
+    world.request(1, [5])
+    assert world.reader.withdrawn == [(2, 5 * RECORD, RECORD)], "and read by the step itself"
+    stats = world.cache.stats()
+    assert stats.bytes_read == 6 * RECORD == (len(world.reader.reads) - 1) * RECORD
+    assert (stats.layers[1].misses, stats.layers[1].foreseen, stats.wasted_bytes) == (1, 0, 2 * RECORD)
+    world.check()
+
+
+def test_a_second_guess_takes_back_the_first(make_world: MakeWorld) -> None:
+    world = make_world(9, k=3)
+    with world.cache.request(0, [0, 1, 2]) as request:
+        request.foresee(1, [3, 4])
+        request.foresee(1, [4, 5])
+        assert world.reader.withdrawn == [(2, 3 * RECORD, RECORD), (2, 4 * RECORD, RECORD)]
+        while request.next_ready():
+            pass
+    world.request(1, [4, 5])
+    assert world.cache.stats().wasted_bytes == 0
+    world.check()

@@ -83,7 +83,8 @@ class CacheMachine(RuleBasedStateMachine):
         """Nothing leaves for what nobody has asked for, and it counts as neither hit nor miss."""
         cache, wanted = self.world.cache, sorted(experts)
         free, resident, before = cache.free_slots, self.world.resident(), cache.stats()
-        coming = {expert for owner, expert in cache._foreseen.values() if owner == layer}
+        ahead = (*cache._foreseen.values(), *cache._landed.values())
+        coming = {expert for owner, expert in ahead if owner == layer}
         missing = [e for e in wanted if (layer, e) not in resident and e not in coming]
         try:
             assert cache.fill(layer, wanted) == (len(missing) <= free)
@@ -143,9 +144,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     def attempt(self, layer: int, wanted: list[int], action: Callable[[], Any]) -> None:
         """It fails if and only if a read that it needs was broken; what it counts is what it did."""
-        cache, reads = self.world.cache, len(self.world.reader.reads)
+        cache, reader = self.world.cache, self.world.reader
+        reads, withdrawn = len(reader.reads), len(reader.withdrawn)
         bad, missing = self.broken(layer) & set(wanted), set(wanted) - set(cache.resident(layer))
-        foreseen_before = {*cache._foreseen.values(), *cache._arrived.values()}
+        foreseen_before = {*cache._foreseen.values(), *cache._arrived.values(), *cache._landed.values()}
         before = cache.stats()
         failure = ""
         try:
@@ -160,8 +162,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert not bad & missing - ahead
         done = cache.stats().since(before)
         assert done.total.hits + done.total.misses == len(wanted)
-        read = len(self.world.reader.reads) - reads
-        assert read == done.bytes_read // RECORD
+        read = len(reader.reads) - reads
+        assert read - (len(reader.withdrawn) - withdrawn) == done.bytes_read // RECORD
         # One that landed ahead of its turn in a stream counts as the hit that it has become.
         assert 0 <= done.total.misses - read <= done.total.foreseen <= done.missed_bytes // RECORD - read
 

@@ -137,6 +137,31 @@ def test_a_shortened_tail_is_an_error_too(open_reader: MakeReader, file: Path) -
         reader.read_into(0, 37 * BLOCK, 123, buffer, 0)
 
 
+def test_a_prefetch_that_has_not_begun_can_be_taken_back(open_reader: MakeReader, file: Path) -> None:
+    reader, buffer, content = open_reader(file), AlignedBuffer(40 * BLOCK, False), file.read_bytes()
+    reader.submit((0, 0, 30 * BLOCK, buffer, 0), 1)
+    for tag in range(2, 10):
+        reader.submit((0, 30 * BLOCK, BLOCK, buffer, (28 + tag) * BLOCK), tag, prefetch=True)
+    withdrawn = reader.withdraw()
+    outcomes = finish(reader)
+    assert sorted([*outcomes, *withdrawn]) == list(range(1, 10))
+    assert set(outcomes.values()) == {""}
+    assert reader.withdraw() == reader.poll() == reader.wait() == []
+    for tag in set(outcomes) - {1}:
+        at = (28 + tag) * BLOCK
+        assert buffer.array()[at : at + BLOCK].tobytes() == content[30 * BLOCK : 31 * BLOCK]
+
+
+def test_polling_never_blocks_and_loses_nothing(open_reader: MakeReader, file: Path) -> None:
+    reader, buffer = open_reader(file), AlignedBuffer(8 * BLOCK, False)
+    assert reader.poll() == []
+    for tag in range(8):
+        reader.submit((0, tag * BLOCK, BLOCK, buffer, tag * BLOCK), tag)
+    seen = dict(reader.poll())
+    seen |= finish(reader)
+    assert seen == dict.fromkeys(range(8), "")
+
+
 def test_bulk_reads_in_pieces(open_reader: MakeReader, tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     content = random.Random(3).randbytes(BLOCK)

@@ -28,7 +28,7 @@ struct ReadRequest {
   std::shared_ptr<AlignedBuffer> buffer;  // kept alive until the completion has been handed out
   size_t buffer_offset = 0;               // multiple of kBlock
   int64_t tag = 0;
-  bool prefetch = false;  // served only while no demand read waits
+  bool prefetch = false;  // begins only while no demand read waits and at most one read is in flight
 };
 
 struct Completion {
@@ -44,7 +44,7 @@ struct ReaderStats {
 };
 
 // Thread-safe: any thread may submit and wait.  Every submitted read completes exactly once, failures
-// included.
+// included, unless it was withdrawn.
 class Reader {
  public:
   // Opens every file.  Throws std::system_error (message: the path) when one cannot be opened, and, with
@@ -60,6 +60,9 @@ class Reader {
 
   // Completions so far, at least one unless nothing is outstanding or `timeout` has passed.
   std::vector<Completion> wait(std::chrono::milliseconds timeout);
+
+  // Takes back the prefetches that have not begun: their tags, and no completion will come for them.
+  std::vector<int64_t> withdraw();
 
   size_t outstanding() const;
   bool direct() const;

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe.bundle.codecs import FfnLayout
-from flashmoe.engine.lookahead import Lookahead, reads_ahead
+from flashmoe.engine.lookahead import TAIL, Lookahead, reads_ahead
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.nn.blocks import Foresight
 from flashmoe.nn.moe import FEW
@@ -141,9 +141,11 @@ class StreamedExperts:
             foresight = None  # a small pool cannot lend slots: what it holds for the step would leave
         lookahead.judge(layer, experts)
         with self._cache.request(layer, experts) as request:
-            if len(request.hits) == len(experts):  # nothing to wait for: summed on the way
+            waits = request.outstanding > TAIL
+            if not waits:  # the drive would be idle while the hits are computed
                 lookahead.guess(foresight, tokens)
                 lookahead.read(request)
+            if len(request.hits) == len(experts):  # nothing to wait for: summed on the way
                 addresses = [self._base + slot * self._stride for _, slot in request.hits]
                 offsets = [len(everyone) + bound for bound in pairs.bounds]
                 ops.expert_ffn(
@@ -152,11 +154,34 @@ class StreamedExperts:
                 return
             y = self._results(tokens + len(pairs.tokens), out.shape[1])
             self._run_ready(layout, group, pairs, request.hits, everyone, block, y)
-            lookahead.guess(foresight, tokens)
-            while ready := request.next_ready():
+            if foresight is not None and waits:
+                added = self._so_far(pairs, request.hits, y, len(everyone), rows, factors, out)
+                lookahead.guess(foresight, tokens, added)
                 lookahead.read(request)
+            while ready := request.next_ready():
                 self._run_ready(layout, group, pairs, ready, everyone[:0], None, y)
         ops.combine(y[tokens - len(everyone) :], rows, factors, out)
+
+    def _so_far(
+        self,
+        pairs: Pairs,
+        ready: list[tuple[int, int]],
+        y: F32,
+        shared: int,
+        rows: I32,
+        factors: F32,
+        out: F32,
+    ) -> F32:
+        """The sum of the shared expert and of those that are ready: a better guess than without."""
+        known, added = np.zeros_like(factors), np.zeros_like(out)
+        known[:shared] = factors[:shared]
+        for expert, _ in ready:
+            begin, end = pairs.range_of(expert)
+            known[shared + begin : shared + end] = factors[shared + begin : shared + end]
+        results = y[len(out) - shared :]
+        results[: len(known)][known == 0] = 0  # nothing is there yet, or what is left of another layer
+        self._ops.combine(results, rows, known, added)
+        return added
 
     def _reads_for_next(self, layer: int) -> bool:
         """Whether the next layer may miss: asking its router in vain took 3 % of a token with all experts in memory."""

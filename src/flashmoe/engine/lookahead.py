@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmoe.nn.blocks import Foresight
+from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.request import Request
 
-# Reads ahead of a layer.  Between the last expert of a layer and the first request of the next the drive is idle for
-# about the time of one or two reads; more would delay what is really asked for.
-AHEAD = 2
-# Reads of the layer itself that may still be outstanding: fewer do not keep the drive busy.
+# Guesses for a layer.  The reader begins with one when less than two reads are in flight, and what it has not begun is
+# taken back when the layer is asked: more of them cost little, 2, 4 and 8 are within 5 % (docs/experiments.md).
+AHEAD = 4
+# Reads that a layer waits for.  More keep the drive busy while its hits are computed, whose results guess better.
 TAIL = 1
 # A pool of fewer steps than this cannot lend slots: what it holds for the step itself would leave.
 _MIN_STEPS = 4
@@ -59,20 +60,20 @@ class Lookahead:
             self.right += right
             self.accuracy = _MEMORY * self.accuracy + (1 - _MEMORY) * right
 
-    def guess(self, foresight: Foresight | None, tokens: int) -> None:
-        """The most probable experts of the next layer that would have to be read.  Call it while reads are awaited.
+    def guess(self, foresight: Foresight | None, tokens: int, added: F32 | None = None) -> None:
+        """The most probable experts of the next layer that would have to be read.
 
-        tokens: of the step, each with AHEAD experts.
+        tokens: of the step, each with AHEAD experts.  added: see Foresight; the last guess before a layer counts.
         """
         if foresight is None or self._mode == "off":
             return
         if not self.reading and self._steps % _PROBE:
             return
-        layer, experts = foresight()
+        layer, experts = foresight(added)
         resident = self._cache.resident_experts(layer)
         self._pending = layer, [expert for expert in experts if expert not in resident][: AHEAD * tokens]
 
     def read(self, request: Request) -> None:
-        """Begin to read what was guessed if the request waits for almost nothing any more."""
-        if self._pending is not None and self.reading and request.outstanding <= TAIL:
+        """Hand over what was guessed: the reader begins with it while little else is read."""
+        if self._pending is not None and self.reading:
             request.foresee(*self._pending)

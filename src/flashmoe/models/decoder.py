@@ -120,16 +120,21 @@ class Decoder:
         return self._logits(h[rows])
 
     def _foresight(self, layer: int, x: F32) -> Foresight | None:
-        """What `layer` would ask for if the layers before it added nothing to the stream x [tokens, hidden]."""
+        """What `layer` would ask for if nothing else were added to the stream x [tokens, hidden] before it."""
         if x.shape[0] > FEW or layer == len(self._ffns) or not isinstance(self._ffns[layer], SparseMoe):
             return None
         return functools.partial(self._foresee, layer, x)
 
-    def _foresee(self, layer: int, x: F32) -> tuple[int, list[int]]:
-        ffn = self._ffns[layer]
+    def _foresee(self, layer: int, x: F32, added: F32 | None) -> tuple[int, list[int]]:
+        ffn, norm, eps = self._ffns[layer], self._norms[layer][1], self.config.rms_norm_eps
         assert isinstance(ffn, SparseMoe)
         h = self._work.get("foreseen_input", x.shape)
-        self._ops.rms_norm(x, self._norms[layer][1], self.config.rms_norm_eps, h)
+        if added is None:
+            self._ops.rms_norm(x, norm, eps, h)
+        else:
+            stream = self._work.get("foreseen_stream", x.shape)
+            stream[...] = x
+            self._ops.add_rms_norm(stream, added, norm, eps, h)
         return ffn.foresee(h, self._work)
 
     def _logits(self, h: F32) -> F32:

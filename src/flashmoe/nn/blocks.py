@@ -15,8 +15,9 @@ from flashmoe.nn.rotary import Rope, RotaryTables
 from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
 
-# What a coming layer will probably ask for: (layer, experts, the most probable first).
-Foresight = Callable[[], tuple[int, list[int]]]
+# What a coming layer will probably ask for: (layer, experts, the most probable first).  Its argument is what of this
+# layer's result is known already, [tokens, hidden], or None.
+Foresight = Callable[[F32 | None], tuple[int, list[int]]]
 
 
 class Experts(Protocol):

@@ -6,31 +6,22 @@ import time
 from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
-
-import xxhash
 
 from flashmoe.errors import BudgetError, ReadError
 from flashmoe.store.activity import IN_FLIGHT, RESIDENT, Activity
 from flashmoe.store.policies.base import Policy
 from flashmoe.store.reader import ExpertReader
+from flashmoe.store.records import RecordReads
 from flashmoe.store.request import Ready, Request
 from flashmoe.store.slots import SlotArena
-from flashmoe.store.stats import CacheStats, LayerCounts, QueueDepth
+from flashmoe.store.stats import CacheStats, LayerCounts
 
 _MAX_IN_FLIGHT = 8  # records that keep the drive busy: the reader's queue depth
 # Slots through which a stream passes what it does not keep.  Many, because they also read on while the layer after is
-# not yet at its experts (a third of a prompt's time), and few enough that decoding afterwards hardly misses them.
-_STAGING_SHARE = 16
+# not yet at its experts (a third of a prompt's time: 100 records on a drive of 2 GB/s), and few enough that decoding
+# afterwards hardly misses them.
+_STAGING_SHARE = 8
 _MAX_STAGING = 128
-
-
-class _Place(NamedTuple):
-    """Where a layer's records are, see ExpertCache."""
-
-    first_file: int
-    nbytes: int
-    files: int = 1
 
 
 class ExpertCache:
@@ -62,9 +53,9 @@ class ExpertCache:
                 f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory or --expert-slots"
             )
         self.experts_per_token = experts_per_token
-        self._reader, self._arena, self._policy = reader, arena, policy
-        self._layers = {layer: _Place(*place) for layer, place in layers.items()}
-        self._checksums = checksums
+        self._arena, self._policy = arena, policy
+        self._reads = RecordReads(reader, arena, layers, checksums)
+        self.places = layers
         self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
         self._staging: list[int] = []
         self._foreseen: dict[
@@ -74,9 +65,8 @@ class ExpertCache:
             set()
         )  # those of them that a stream reads ahead of the next and does not keep
         self._arrived: dict[int, tuple[int, int]] = {}  # as _foreseen: of _passing, and read already
+        self._landed: dict[int, tuple[int, int]] = {}  # the others that are read already
         self._layer_stats = {layer: LayerCounts() for layer in layers}
-        self._nbytes = self._wasted = 0
-        self._queue = QueueDepth()
         self._activity: Activity | None = None  # of somebody who watches
         self._current: tuple[int, dict[int, int]] = (0, {})  # layer, landing: of the last request or stream
 
@@ -92,15 +82,16 @@ class ExpertCache:
 
     def request(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
-        self._make_room(len(experts))
-        self._return_staging()
         resident = self._resident[layer]
-        hits = [(expert, resident[expert]) for expert in experts if expert in resident]
         self._policy.touch(layer, experts)
-        counts = self._layer_stats[layer]
-        counts.hits += len(hits)
         if self._activity is not None:
             self._activity.asked(layer, experts, resident)
+        early = self._end_guesses(layer, experts, len(experts))
+        self._return_staging()
+        hits = [(expert, resident[expert]) for expert in experts if expert in resident]
+        counts = self._layer_stats[layer]
+        counts.hits += len(hits) - early
+        counts.misses += early
         if len(hits) == len(experts):
             return Request(self, layer, experts, hits, {})
         missing: dict[int, int] = {}
@@ -123,7 +114,7 @@ class ExpertCache:
         through staging slots and do not displace what decoding has gathered; only slots that are free anyway keep
         them.  Raises ReadError.
         """
-        self._make_room(self._arena.count // 2 + 1)
+        self._end_guesses(layer, experts, self._arena.count // 2 + 1)
         landing = self._claim(layer, set(experts))  # slot -> expert, submitted and not yet landed
         self._current = (layer, landing)
         if self._activity is not None:
@@ -148,6 +139,10 @@ class ExpertCache:
                 batch: Ready = []
                 while queue and len(batch) < most and queue[0][1] not in landing:
                     batch.append(queue.popleft())
+                # Now, not after the batch: all of it may have landed, and the drive would be idle meanwhile.
+                self._read_ahead(layer, waiting, queue, landing, staged, ahead, most)
+                if not waiting:
+                    self._read_on(then)
                 yield batch
                 passed = staged.intersection(slot for _, slot in batch)
                 staged -= passed
@@ -167,7 +162,8 @@ class ExpertCache:
 
         They count as neither hit nor miss, and their bytes as wasted.  Raises ReadError.
         """
-        known = {*self._resident[layer], *(e for owner, e in self._foreseen.values() if owner == layer)}
+        ahead = (*self._foreseen.values(), *self._landed.values())
+        known = {*self._resident[layer], *(e for owner, e in ahead if owner == layer)}
         missing = [expert for expert in experts if expert not in known]
         reading, landing = missing[: self._arena.free], dict[int, int]()
         self._current = (layer, landing)
@@ -178,8 +174,7 @@ class ExpertCache:
                 slot = self._arena.take()
                 assert slot is not None
                 landing[slot] = expert
-                self._submit(layer, expert, slot)
-            self._wasted += len(reading) * self._layers[layer].nbytes
+                self._reads.submit(layer, expert, slot, ahead=True)
             while landing:
                 self._land(layer, landing, set())
         finally:
@@ -195,10 +190,10 @@ class ExpertCache:
         """Counters so far."""
         return CacheStats(
             {layer: replace(counts) for layer, counts in self._layer_stats.items()},
-            self._nbytes,
-            self._wasted,
-            self._queue.busy_seconds,
-            self._queue.read_seconds,
+            self._reads.nbytes,
+            self._reads.wasted,
+            self._reads.queue.busy_seconds,
+            self._reads.queue.read_seconds,
         )
 
     def resident(self, layer: int) -> dict[int, int]:
@@ -242,7 +237,7 @@ class ExpertCache:
                         f"{self._arena.count} expert slots cannot hold {len(experts)}: raise --memory"
                     )
                 missing[slot] = expert
-                self._submit(layer, expert, slot)
+                self._reads.submit(layer, expert, slot)
 
     def _read_ahead(
         self,
@@ -272,7 +267,7 @@ class ExpertCache:
                     slot = self._staging.pop()
                     staged.add(slot)
                 landing[slot] = expert
-                self._submit(layer, expert, slot)
+                self._reads.submit(layer, expert, slot)
                 counts.misses += 1
             queue.append((expert, slot))
             waiting.popleft()
@@ -282,7 +277,7 @@ class ExpertCache:
         if then is None:
             return
         layer, experts = then
-        ahead = [*self._foreseen.values(), *self._arrived.values()]
+        ahead = [*self._foreseen.values(), *self._arrived.values(), *self._landed.values()]
         known = {expert for owner, expert in ahead if owner == layer}
         for expert in experts:
             # One staging slot stays: the next stream may begin with an expert that nobody has foreseen.
@@ -303,20 +298,19 @@ class ExpertCache:
         """
         self._policy.refresh()  # in time that is spent waiting anyway
         began = time.perf_counter()
-        completions = self._reader.wait()
+        completions = self._reads.wait()
         self._layer_stats[layer].stall_seconds += time.perf_counter() - began
         if not completions:  # a Ctrl-C elsewhere lost the completions of reads ahead that are ours now
-            self._queue.clear()
+            self._reads.queue.clear()
             for slot in landing:
-                self._submit(layer, landing[slot], slot)
-        self._queue.change(-len(completions))
+                self._reads.submit(layer, landing[slot], slot)
         ready, failed = [], ""
         for slot, error in completions:
             expert = landing.pop(slot, None)
             if expert is None:
                 self._land_foreseen(slot, error)
                 continue
-            error = error or self._damage(layer, expert, slot)
+            error = error or self._reads.damage(layer, expert, slot)
             if error:
                 failed = failed or f"layer {layer}, expert {expert}: cannot read {error}"
                 if slot not in keep_resident:
@@ -342,14 +336,54 @@ class ExpertCache:
         layer, expert = foreseen
         passing = slot in self._passing
         self._passing.discard(slot)
-        if error or self._damage(layer, expert, slot):
+        if error or self._reads.damage(layer, expert, slot):
             self._arena.give_back(slot)
             return
-        if passing:
-            self._arrived[slot] = foreseen
-            return
-        self._resident[layer][expert] = slot
-        self._policy.insert(layer, expert)
+        (self._arrived if passing else self._landed)[slot] = foreseen
+
+    def _end_guesses(self, layer: int, experts: Sequence[int], slots: int) -> int:
+        """The layer is asked for `experts` now.  What has been read ahead of it, right or wrong, becomes resident.
+
+        Guesses whose read has not begun are taken back; the right ones among them are then read as others are.  In the
+        smallest pools it waits for the rest, if `slots` slots cannot be had beside them.  How many of `experts` have
+        become resident.
+        """
+        if not self._foreseen and not self._landed:
+            return 0
+        try:
+            self._withdraw()
+            completions = self._reads.poll()
+            while True:
+                for slot, error in completions:
+                    self._land_foreseen(slot, error)
+                if not self._foreseen or slots + len(self._foreseen) <= self._arena.count:
+                    break
+                completions = self._reads.wait()
+                if not completions:
+                    self._settle({})
+        except BaseException:  # Ctrl-C: what it had fetched is lost
+            self._settle({})
+            raise
+        return self._adopt(layer, experts)
+
+    def _withdraw(self) -> None:
+        """Take back the guesses whose read has not begun."""
+        for slot in self._reads.withdraw():
+            owner, _ = self._foreseen.pop(slot)
+            self._reads.never_read(owner)
+            self._arena.give_back(slot)
+
+    def _adopt(self, layer: int, experts: Sequence[int]) -> int:
+        """What has landed ahead becomes resident; how many of the layer's `experts` have."""
+        early = 0
+        for slot, (owner, expert) in self._landed.items():
+            self._resident[owner][expert] = slot
+            self._policy.insert(owner, expert)
+            early += owner == layer and expert in experts
+        self._landed.clear()
+        self._reads.waste(layer, -early)
+        self._layer_stats[layer].foreseen += early
+        return early
 
     def _claim(self, layer: int, experts: set[int]) -> dict[int, int]:
         """slot -> expert of those experts of the layer whose reads have begun ahead; they are the caller's now."""
@@ -363,7 +397,7 @@ class ExpertCache:
         for slot in mine:
             del self._foreseen[slot]
         self._layer_stats[layer].foreseen += len(mine)
-        self._wasted -= len(mine) * self._layers[layer].nbytes
+        self._reads.waste(layer, -len(mine))
         return mine
 
     def _claim_arrived(self, layer: int, experts: set[int]) -> dict[int, int]:
@@ -376,38 +410,24 @@ class ExpertCache:
                 self._staging.append(slot)
         self._arrived.clear()
         self._layer_stats[layer].foreseen += len(mine)
-        self._wasted -= len(mine) * self._layers[layer].nbytes
+        self._reads.waste(layer, -len(mine))
         return mine
 
     def _foresee(self, layer: int, experts: Sequence[int], using: int, keep: set[int]) -> None:
-        """Start reading experts of a coming step; `keep` of layer `using` must stay."""
-        known = set(self._foreseen.values())
+        """Start reading experts of a coming step, and no others; `keep` of layer `using` must stay."""
+        self._withdraw()
+        known = {*self._foreseen.values(), *self._landed.values()}
         for expert in experts:
             if expert in self._resident[layer] or (layer, expert) in known:
                 continue
             slot = self._take(using, keep)
             if slot is None:
                 return
-            self._submit_ahead(layer, expert, slot)
+            self._submit_ahead(layer, expert, slot, prefetch=True)
 
-    def _submit_ahead(self, layer: int, expert: int, slot: int) -> None:
+    def _submit_ahead(self, layer: int, expert: int, slot: int, prefetch: bool = False) -> None:
         self._foreseen[slot] = (layer, expert)
-        self._wasted += self._layers[layer].nbytes
-        self._submit(layer, expert, slot)
-
-    def _make_room(self, slots: int) -> None:
-        """Wait for the reads ahead if so many slots cannot be had beside them; only in the smallest pools."""
-        while self._foreseen and slots + len(self._foreseen) > self._arena.count:
-            try:
-                completions = self._reader.wait()
-            except BaseException:  # Ctrl-C: what it had fetched is lost
-                self._settle({})
-                raise
-            self._queue.change(-len(completions))
-            for slot, error in completions:
-                self._land_foreseen(slot, error)
-            if not completions:
-                self._settle({})
+        self._reads.submit(layer, expert, slot, ahead=True, prefetch=prefetch)
 
     def _drain(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
         """Wait until nothing of `landing` is in flight; its slots become free (staging ones stay where they are)."""
@@ -416,7 +436,7 @@ class ExpertCache:
 
     def _settle(self, landing: dict[int, int], staged: set[int] | frozenset[int] = frozenset()) -> None:
         """As _drain, and for reads ahead too."""
-        while completions := self._reader.wait():
+        while completions := self._reads.wait():
             for slot, error in completions:
                 if landing.pop(slot, None) is None:
                     self._land_foreseen(slot, error)
@@ -430,25 +450,7 @@ class ExpertCache:
         landing.clear()
         self._foreseen.clear()
         self._passing.clear()
-        self._queue.clear()
-
-    def _damage(self, layer: int, expert: int, slot: int) -> str:
-        if self._checksums is None:
-            return ""
-        nbytes = self._layers[layer].nbytes
-        start = slot * self._arena.record_nbytes
-        digest = xxhash.xxh3_64_hexdigest(self._arena.buffer.array()[start : start + nbytes].data)
-        return "" if digest == self._checksums[layer][expert] else "its record: the checksum does not match"
-
-    def _submit(self, layer: int, expert: int, slot: int) -> None:
-        first, nbytes, files = self._layers[layer]
-        turn, stripe = divmod(expert, files)
-        self._nbytes += nbytes
-        self._queue.change(1)
-        self._reader.submit(
-            (first + stripe, turn * nbytes, nbytes, self._arena.buffer, slot * self._arena.record_nbytes),
-            slot,
-        )
+        self._reads.queue.clear()
 
     def _take(self, layer: int, keep: set[int]) -> int | None:
         """A free slot, or the one of the policy's victim."""

@@ -48,7 +48,7 @@ class FakeReader(BulkReads):
 
     order: given the number n of reads that may complete now, the positions (0 is the oldest) of those that
     complete in this wait(), in this order, at least one; without it all complete, oldest first.
-    ``reads`` lists (file, offset, bytes) of everything submitted, for assertions.
+    ``reads`` lists (file, offset, bytes) of everything submitted, ``withdrawn`` of what was taken back, for assertions.
     ``gone``: while this errno is not 0 every read that completes fails with it.
     """
 
@@ -65,13 +65,15 @@ class FakeReader(BulkReads):
         self._order = order or range
         self._faults: dict[Fault, int] = {}  # -> how often it is still to happen
         self._pending: list[_Pending] = []
+        self._waiting: list[_Pending] = []  # prefetches that have not begun
         self.reads: list[tuple[int, int, int]] = []
+        self.withdrawn: list[tuple[int, int, int]] = []
         self.gone = 0
 
     @property
     def outstanding(self) -> int:
         """Reads submitted and not yet handed out by wait()."""
-        return len(self._pending)
+        return len(self._pending) + len(self._waiting)
 
     def close(self) -> None:
         """Close the files.  Harmless when repeated."""
@@ -79,7 +81,8 @@ class FakeReader(BulkReads):
 
     def stats(self) -> tuple[int, int, float, int]:
         """(reads, bytes, 0 seconds with a read in flight, no reads in flight) so far, as NativeReader.stats()."""
-        return len(self.reads), sum(nbytes for _, _, nbytes in self.reads), 0.0, 0
+        nbytes = sum(read[2] for read in self.reads) - sum(read[2] for read in self.withdrawn)
+        return len(self.reads) - len(self.withdrawn), nbytes, 0.0, 0
 
     def script(self, fault: Fault) -> None:
         """Let this happen to reads submitted from now on."""
@@ -89,7 +92,7 @@ class FakeReader(BulkReads):
         """Forget what was scripted for reads that are not submitted yet."""
         self._faults.clear()
 
-    def submit(self, read: Read, tag: int) -> None:
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
         """See ExpertReader; refuses what the native reader refuses."""
         file, offset, nbytes, buffer, at = read
         if not 0 <= file < len(self._files):
@@ -103,8 +106,23 @@ class FakeReader(BulkReads):
         buffer.array()[at : at + nbytes] = _POISON
         faults = self._take_faults(file, offset, nbytes)
         delay = max((fault.delay for fault in faults), default=0)
-        self._pending.append(_Pending(read, tag, faults, delay))
+        (self._waiting if prefetch else self._pending).append(_Pending(read, tag, faults, delay))
         self.reads.append((file, offset, nbytes))
+        self._begin_prefetches()
+
+    def withdraw(self) -> list[int]:
+        """See ExpertReader."""
+        withdrawn, self._waiting = self._waiting, []
+        self.withdrawn += [pending.read[:3] for pending in withdrawn]
+        return [pending.tag for pending in withdrawn]
+
+    def _begin_prefetches(self) -> None:
+        while self._waiting and len(self._pending) <= 1:
+            self._pending.append(self._waiting.pop(0))
+
+    def _completed(self) -> list[tuple[int, str]]:
+        """What is not delayed; it begins what may begin then."""
+        return [] if all(pending.delay for pending in self._pending) else self._completions()
 
     def _completions(self) -> list[tuple[int, str]]:
         """It never blocks: when every read is delayed, the least delayed ones are due."""
@@ -117,6 +135,7 @@ class FakeReader(BulkReads):
         done = [due[i] for i in self._order(len(due))]
         assert done, "the order must complete at least one read"
         self._pending = [pending for pending in self._pending if pending not in done]
+        self._begin_prefetches()
         return [(pending.tag, self._complete(pending)) for pending in done]
 
     def _take_faults(self, file: int, offset: int, nbytes: int) -> list[Fault]:

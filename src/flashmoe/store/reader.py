@@ -21,13 +21,22 @@ _PIECE = 8 << 20  # large reads are cut into pieces that keep all I/O threads bu
 
 
 class ExpertReader(Protocol):
-    """Asynchronous reads into aligned buffers; every submitted read completes once, failures included."""
+    """Asynchronous reads into aligned buffers; each completes once, failures included, unless it is withdrawn."""
 
-    def submit(self, read: Read, tag: int) -> None:
-        """Start a read.  `tag` (>= 0) comes back with its completion.  Raises ValueError for one out of range."""
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
+        """Start a read.  `tag` (>= 0) comes back with its completion.  Raises ValueError for one out of range.
+
+        prefetch: it begins only while no other read waits and at most one is in flight.
+        """
 
     def wait(self) -> list[tuple[int, str]]:
         """Block until at least one read has completed: (tag, "" or what went wrong).  [] when none is left."""
+
+    def poll(self) -> list[tuple[int, str]]:
+        """What has completed since the last call, without blocking."""
+
+    def withdraw(self) -> list[int]:
+        """Take back the prefetches that have not begun: their tags."""
 
     def read_many(self, reads: Sequence[Read]) -> None:
         """Perform these reads, large ones in pieces.  Raises ReadError when one fails (after all have ended)."""
@@ -47,16 +56,21 @@ class BulkReads:
     def __init__(self) -> None:
         self._kept: list[tuple[int, str]] = []
 
-    def submit(self, read: Read, tag: int) -> None:
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
         """See ExpertReader."""
         raise NotImplementedError
 
     def wait(self) -> list[tuple[int, str]]:
         """See ExpertReader.  Ctrl-C interrupts it."""
-        if not self._kept:
-            return self._completions()
-        kept, self._kept = self._kept, []
-        return kept
+        return self._take_kept() or self._completions()
+
+    def poll(self) -> list[tuple[int, str]]:
+        """See ExpertReader."""
+        return self._take_kept() or self._completed()
+
+    def withdraw(self) -> list[int]:
+        """See ExpertReader."""
+        raise NotImplementedError
 
     def read_many(self, reads: Sequence[Read]) -> None:
         """See ExpertReader."""
@@ -85,6 +99,14 @@ class BulkReads:
     def _completions(self) -> list[tuple[int, str]]:
         """Block until at least one read has completed; [] when none is left."""
         raise NotImplementedError
+
+    def _completed(self) -> list[tuple[int, str]]:
+        """What has completed, without blocking."""
+        raise NotImplementedError
+
+    def _take_kept(self) -> list[tuple[int, str]]:
+        kept, self._kept = self._kept, []
+        return kept
 
     def _own_completions(self) -> list[str]:
         """Outcomes of pieces of read_many, perhaps none."""
@@ -136,13 +158,19 @@ class NativeReader(BulkReads):
         """Why this engine."""
         return self._native.engine_reason
 
-    def submit(self, read: Read, tag: int) -> None:
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
         """See ExpertReader."""
-        file, offset, nbytes, buffer, buffer_offset = read
-        self._native.submit(file, offset, nbytes, buffer, buffer_offset, tag)
+        self._native.submit(*read, tag, prefetch)
+
+    def withdraw(self) -> list[int]:
+        """See ExpertReader."""
+        return self._native.withdraw()
 
     def _completions(self) -> list[tuple[int, str]]:
         return self._native.wait()
+
+    def _completed(self) -> list[tuple[int, str]]:
+        return self._native.poll()
 
     def close(self) -> None:
         """End the engine (reads in flight finish first) and close the files.  Call it once, last."""

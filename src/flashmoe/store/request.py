@@ -39,9 +39,9 @@ class Request:
         return []
 
     def foresee(self, layer: int, experts: Sequence[int]) -> None:
-        """Begin to read experts that a coming step will probably ask of another layer.
+        """Read experts, the most probable first, that a coming step will probably ask of another layer.
 
-        Call it when this request waits for little any more, so that reads that are needed hardly share the drive.
+        Each read begins when at most one other is in flight, and not at all if the next request comes before that.
         """
         self._cache._foresee(layer, experts, self._layer, set(self._experts))
 

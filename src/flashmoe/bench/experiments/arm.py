@@ -45,12 +45,18 @@ class _RecordingReader(BulkReads):
         self._inner = inner
         self.places: list[tuple[int, int, int]] = []
 
-    def submit(self, read: Read, tag: int) -> None:
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
         self.places.append(read[:3])
-        self._inner.submit(read, tag)
+        self._inner.submit(read, tag, prefetch)
+
+    def withdraw(self) -> list[int]:
+        return self._inner.withdraw()
 
     def _completions(self) -> list[tuple[int, str]]:
         return self._inner.wait()
+
+    def _completed(self) -> list[tuple[int, str]]:
+        return self._inner.poll()
 
 
 def measure(options: ArmOptions) -> dict[str, Any]:

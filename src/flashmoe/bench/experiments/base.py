@@ -78,7 +78,7 @@ def exchange(
         reader or parts.reader,
         arena,
         LayeredLru(),
-        old._layers,
+        old.places,
         experts_per_token=old.experts_per_token,
     )
     parts.experts = streamed_experts(parts, parts.cache, arena, lookahead)

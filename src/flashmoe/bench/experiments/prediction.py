@@ -9,8 +9,9 @@ from typing import cast
 
 from flashmoe.bench.experiments.base import Plain, Variant, exchange
 from flashmoe.engine.loading import Parts
-from flashmoe.engine.lookahead import TAIL, Lookahead
+from flashmoe.engine.lookahead import Lookahead
 from flashmoe.nn.blocks import Foresight
+from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.request import Request
 
@@ -33,7 +34,7 @@ class PreviousToken:
             self._repeated += len(set(experts).intersection(previous))
         self._last[layer], self._layer, self._pending = list(experts), layer, None
 
-    def guess(self, foresight: Foresight | None, tokens: int) -> None:
+    def guess(self, foresight: Foresight | None, tokens: int, added: F32 | None = None) -> None:
         """The previous token's experts of the next layer that would have to be read.
 
         foresight: None where nothing may be read ahead, otherwise not asked.
@@ -48,8 +49,8 @@ class PreviousToken:
         self._pending = layer, missing
 
     def read(self, request: Request) -> None:
-        """Begin to read them when the request waits for almost nothing any more, as the engine's lookahead does."""
-        if self._pending is not None and request.outstanding <= TAIL:
+        """Hand them over, as the engine's lookahead does."""
+        if self._pending is not None:
             request.foresee(*self._pending)
             self._pending = None
 

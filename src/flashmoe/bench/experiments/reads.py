@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashmoe.bench.experiments.base import Plain, UnavailableError, Variant, exchange, native_reader
+from flashmoe.bench.experiments.threaded import PatientReader
 from flashmoe.engine.loading import Parts
 from flashmoe.errors import ReadError
-from flashmoe.store.reader import BulkReads, NativeReader, Read
+from flashmoe.store.reader import NativeReader, Read
 
 _BLOCK = 4096
 
 
-class SplitReader(BulkReads):
+class SplitReader(PatientReader):
     """Reads a record as gate_up and down, two reads of `inner`; the record is complete when both are.
 
     cuts: bytes of a record -> where it is cut, a multiple of 4096.  Not thread-safe.
@@ -23,8 +24,7 @@ class SplitReader(BulkReads):
         self._inner, self._cuts = inner, cuts
         self._left: dict[int, tuple[int, str]] = {}  # tag -> reads that are missing, what went wrong
 
-    def submit(self, read: Read, tag: int) -> None:
-        """See ExpertReader."""
+    def _begin(self, read: Read, tag: int) -> None:
         file, offset, nbytes, buffer, at = read
         cut = self._cuts.get(nbytes, 0)
         self._left[tag] = (2 if cut else 1), ""
@@ -32,15 +32,24 @@ class SplitReader(BulkReads):
             self._inner.submit((file, offset, cut, buffer, at), tag)
         self._inner.submit((file, offset + cut, nbytes - cut, buffer, at + cut), tag)
 
-    def _completions(self) -> list[tuple[int, str]]:
+    def _wait_for_some(self) -> list[tuple[int, str]]:
         whole: list[tuple[int, str]] = []
         while not whole and (parts := self._inner.wait()):
-            for tag, error in parts:
-                missing, earlier = self._left.pop(tag)
-                if missing == 1:
-                    whole.append((tag, earlier or error))
-                else:
-                    self._left[tag] = missing - 1, earlier or error
+            whole = self._whole(parts)
+        return whole
+
+    def _what_has_ended(self) -> list[tuple[int, str]]:
+        return self._whole(self._inner.poll())
+
+    def _whole(self, parts: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """The records of which no part is missing any more."""
+        whole = []
+        for tag, error in parts:
+            missing, earlier = self._left.pop(tag)
+            if missing == 1:
+                whole.append((tag, earlier or error))
+            else:
+                self._left[tag] = missing - 1, earlier or error
         return whole
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -53,7 +54,59 @@ class Files:
         self._descriptors.clear()
 
 
-class ThreadedReader(BulkReads):
+class PatientReader(BulkReads):
+    """Keeps prefetches until at most one read is outstanding; what it does with reads is a subclass's.
+
+    They begin when somebody asks for completions, later than the native reader's, which needs nobody for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = 0
+        self._waiting: deque[tuple[Read, int]] = deque()
+
+    def submit(self, read: Read, tag: int, prefetch: bool = False) -> None:
+        """See ExpertReader."""
+        if prefetch:
+            self._waiting.append((read, tag))
+            self._begin_prefetches()
+        else:
+            self._begun += 1
+            self._begin(read, tag)
+
+    def withdraw(self) -> list[int]:
+        """See ExpertReader."""
+        tags = [tag for _, tag in self._waiting]
+        self._waiting.clear()
+        return tags
+
+    def _completions(self) -> list[tuple[int, str]]:
+        return self._ended(self._wait_for_some()) if self._begun else []
+
+    def _completed(self) -> list[tuple[int, str]]:
+        return self._ended(self._what_has_ended())
+
+    def _ended(self, done: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        self._begun -= len(done)
+        self._begin_prefetches()
+        return done
+
+    def _begin_prefetches(self) -> None:
+        while self._waiting and self._begun <= 1:
+            self._begun += 1
+            self._begin(*self._waiting.popleft())
+
+    def _begin(self, read: Read, tag: int) -> None:
+        raise NotImplementedError
+
+    def _wait_for_some(self) -> list[tuple[int, str]]:
+        raise NotImplementedError
+
+    def _what_has_ended(self) -> list[tuple[int, str]]:
+        raise NotImplementedError
+
+
+class ThreadedReader(PatientReader):
     """Implements ExpertReader with `fetch`, called by so many Python threads."""
 
     def __init__(self, fetch: Callable[[Read], None], threads: int) -> None:
@@ -61,15 +114,9 @@ class ThreadedReader(BulkReads):
         self._fetch = fetch
         self._jobs: SimpleQueue[tuple[Read, int] | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[int, str]] = SimpleQueue()
-        self._outstanding = 0
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
-
-    def submit(self, read: Read, tag: int) -> None:
-        """See ExpertReader."""
-        self._outstanding += 1
-        self._jobs.put((read, tag))
 
     def close(self) -> None:
         """End the threads; reads in flight finish first."""
@@ -78,13 +125,16 @@ class ThreadedReader(BulkReads):
         for thread in self._threads:
             thread.join()
 
-    def _completions(self) -> list[tuple[int, str]]:
-        if not self._outstanding:
-            return []
-        done = [self._done.get()]
+    def _begin(self, read: Read, tag: int) -> None:
+        self._jobs.put((read, tag))
+
+    def _wait_for_some(self) -> list[tuple[int, str]]:
+        return [self._done.get(), *self._what_has_ended()]
+
+    def _what_has_ended(self) -> list[tuple[int, str]]:
+        done = []
         while not self._done.empty():
             done.append(self._done.get())
-        self._outstanding -= len(done)
         return done
 
     def _work(self) -> None:
