@@ -121,6 +121,35 @@ def test_a_bundle_is_measured_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_foretold_stands_beside_what_is_measured(
+    demo_bundle: Path, plan: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = plan(demo_bundle, "--memory", "2GiB", "--prompt", "16,100", "--check", *GIVEN)
+    entry = report["budgets"][0]
+    assert entry["measured"]["slots"] == entry["plan"]["slots"]
+    decode, prompt = entry["comparison"]
+    for row, what, foretold in (
+        (decode, "decode", entry["decode"]),
+        (prompt, "prefill", entry["prefill"]["16"]),
+    ):
+        assert row["what"] == what
+        assert row["measured"] == entry["measured"][what]["tok_s"] > 0
+        assert row["same_drive_off"] == pytest.approx(row["low_off"]), (
+            "nothing is read: the drive does not count"
+        )
+        for end in ("low", "high"):
+            assert row[end] == foretold[end]["tok_s"]
+            assert row[f"{end}_off"] == pytest.approx(row[end] / row["measured"] - 1)
+    assert main(["plan", str(demo_bundle), "--memory", "2GiB", "--prompt", "", "--check", *GIVEN]) == 0
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert "high off by" in table[0]
+    assert "decode" in table[1]
+
+
+def test_only_a_bundle_can_be_checked(refused: Callable[..., str]) -> None:
+    assert "needs a bundle" in refused(CONFIG, "--memory", "2GiB", "--check", *GIVEN)
+
+
 @pytest.mark.parametrize("config", [CONFIG, NEXT])
 def test_a_config_is_planned_with_a_scratch_file(
     config: Path,

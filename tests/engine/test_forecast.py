@@ -25,7 +25,6 @@ from flashmoe.engine.forecast import (
     popularity,
     prefill,
 )
-from flashmoe.engine.lookahead import AHEAD
 from flashmoe.store.policies import LayeredLru
 
 LAYERS, EXPERTS, K, RECORD = 10, 64, 4, 1_000_000
@@ -117,7 +116,7 @@ def test_reading_ahead_hides_the_time_between_layers() -> None:
     least = 4 * K  # slots
     base = replace(MODEL, dense=Work(MODEL.dense.nbytes), shared=Work(MODEL.shared.nbytes))
     added = 1 / decode(slow, one_more, least, UNIFORM).tok_s - 1 / decode(slow, base, least, UNIFORM).tok_s
-    assert added == pytest.approx(slow.read_seconds(K + (1 - FORESIGHT) * AHEAD), rel=0.03)
+    assert added == pytest.approx(slow.read_seconds(K + 1 - FORESIGHT), rel=0.03)
     blind = decode(slow, base, least - 1, UNIFORM)
     assert 1 / blind.tok_s > 1 / decode(slow, base, least, UNIFORM).tok_s + 5e-4 * LAYERS
 
@@ -199,8 +198,8 @@ def test_prefill_reads_on_only_if_a_layer_needs_nearly_all_and_as_far_as_staging
         short.drive_seconds + mixers + MODEL.head.seconds(machine()), rel=1e-3
     )
     slow_mixers = replace(MODEL, dense=Work(1e6, 4e9))
-    small, large = (prefill(machine(), slow_mixers, slots, UNIFORM, 64, 64) for slots in (16, 600))
-    saved = LAYERS * (37 - 8) * RECORD / (2e9 * DRIVE_SHARE)  # a sixteenth of 600 slots, half of 16
+    small, large = (prefill(machine(), slow_mixers, slots, UNIFORM, 64, 64) for slots in (16, 300))
+    saved = LAYERS * (37 - 8) * RECORD / (2e9 * DRIVE_SHARE)  # an eighth of 300 slots, half of 16
     assert 64 / small.tok_s - 64 / large.tok_s == pytest.approx(saved)
 
 
@@ -215,3 +214,17 @@ def test_a_model_without_routed_experts_has_a_speed() -> None:
     idle = Machine(((1, 0.0),), float("inf"), float("inf"), 30e9, 4e11)
     assert decode(idle, dense, 0, UNIFORM).tok_s > 0
     assert prefill(idle, dense, 0, UNIFORM, 100, 16).tok_s > 0
+
+
+def test_a_filled_pool_is_not_read_again() -> None:
+    """With an even router its share of all experts; else the favourites, which a short prompt asks for."""
+    half = prefill(machine(), MODEL, ALL // 2, UNIFORM, 1024, 1024, filled=True)
+    assert half.read_nbytes == pytest.approx(ALL // 2 * RECORD, rel=0.01)
+    assert half.hit_rate == pytest.approx(0.5, abs=0.01)
+    assert half.tok_s > prefill(machine(), MODEL, ALL // 2, UNIFORM, 1024, 1024).tok_s
+    short = [
+        prefill(machine(), MODEL, ALL // 2, skew, 8, 8, filled=True).hit_rate for skew in (UNIFORM, SKEWED)
+    ]
+    assert short[1] > short[0] + 0.15
+    everything = prefill(machine(), MODEL, ALL, SKEWED, 1024, 256, filled=True)
+    assert (everything.hit_rate, everything.read_nbytes) == (1.0, 0.0)

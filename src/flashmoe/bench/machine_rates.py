@@ -84,16 +84,18 @@ def scratch_records(record_nbytes: int) -> int:
 def measure_drive(files: list[tuple[Path, int]], record_nbytes: int, pool_nbytes: int = 0) -> DriveRates:
     """Read records of `files` (path, records in it); pool_nbytes: of the largest pool to be.  Raises ReadError.
 
-    Fresh memory comes last: what other processes have just given back should be gone by then.
+    Half of the rounds come before and half after fresh memory is filled: a shared drive changes from second to second.
+    Fresh memory comes as late as that: what other processes have just given back should be gone by then.
     """
     reader = NativeReader([path for path, _ in files], queue_depth=QUEUE_DEPTH)
     counts = [count for _, count in files]
     try:
         probe = _DriveProbe(reader, counts, record_nbytes, _PLACES)
-        batches, stream = probe.batches(), probe.stream()
+        probe.measure()
         room = min(max(pool_nbytes, _FILL_NBYTES), env.memory_available() // _FILL_SHARE)
         fill = _DriveProbe(reader, counts, record_nbytes, room // record_nbytes).fill()
-        return DriveRates(batches, stream, fill, reader.mode)
+        probe.measure()
+        return DriveRates(probe.batches(), probe.stream(), fill, reader.mode)
     finally:
         reader.close()
 
@@ -121,6 +123,8 @@ class _DriveProbe:
         self._places = max(QUEUE_DEPTH, places)
         self._buffer = AlignedBuffer(self._places * record_nbytes, True)
         self._next = 0
+        self._seconds, self._rounds = dict.fromkeys(BATCHES, 0.0), 0
+        self._streamed, self._stream_seconds = 0, 0.0
 
     def fill(self) -> float:
         """Bytes per second into fresh memory: the system finds and clears its pages meanwhile."""
@@ -131,30 +135,35 @@ class _DriveProbe:
             done += batch
         return done * self._nbytes / (time.perf_counter() - began)
 
-    def batches(self) -> tuple[tuple[int, float], ...]:
-        """Mean seconds of each batch size, in rounds over all of them."""
-        seconds, rounds = dict.fromkeys(BATCHES, 0.0), 0
-        end = time.perf_counter() + _SECONDS
-        while not rounds or time.perf_counter() < end:
+    def measure(self) -> None:
+        """Half of the rounds over all batch sizes, and half of the stream."""
+        end = time.perf_counter() + _SECONDS / 2
+        first = self._rounds
+        while self._rounds == first or time.perf_counter() < end:
             for size in BATCHES:
-                seconds[size] += self._together(size)
-            rounds += 1
-        return tuple((size, seconds[size] / rounds) for size in BATCHES)
+                self._seconds[size] += self._together(size)
+            self._rounds += 1
+        self._stream_on(_STREAM_SECONDS / 2)
+
+    def batches(self) -> tuple[tuple[int, float], ...]:
+        """Mean seconds of each batch size."""
+        return tuple((size, seconds / self._rounds) for size, seconds in self._seconds.items())
 
     def stream(self) -> float:
         """Bytes per second with the queue always full."""
-        done = 0
+        return self._streamed * self._nbytes / self._stream_seconds
+
+    def _stream_on(self, seconds: float) -> None:
         began = time.perf_counter()
         for place in range(QUEUE_DEPTH):
             self._submit(place)
-        while time.perf_counter() < began + _STREAM_SECONDS:
+        while time.perf_counter() < began + seconds:
             for place in self._landed():
-                done += 1
+                self._streamed += 1
                 self._submit(place)
-        seconds = time.perf_counter() - began
+        self._stream_seconds += time.perf_counter() - began
         while self._landed():
             pass  # what is still in flight
-        return done * self._nbytes / seconds
 
     def _together(self, reads: int, first: int = 0) -> float:
         began = time.perf_counter()

@@ -98,7 +98,10 @@ def measure_machine(
 
 
 def forecast(machine: Machine, work: ModelWork, plan: MemoryPlan, prompts: Sequence[int]) -> dict[str, Any]:
-    """Decode at the begin and at the end of the context, and first prompts; each from low to high (JSON values)."""
+    """Decode at the begin and at the end of the context, and prompts; each from low to high (JSON values).
+
+    prefill: into a pool that is filled, as in a conversation; first_prefill: into an empty one, after a start.
+    """
     last = plan.context - 1
     fitting = [tokens for tokens in prompts if tokens < plan.context]
     chunk = plan.prefill_chunk
@@ -107,12 +110,17 @@ def forecast(machine: Machine, work: ModelWork, plan: MemoryPlan, prompts: Seque
         "decode_full_context": _range(
             [decode(machine, work, plan.slots, skew, last) for skew in (UNIFORM, SKEWED)]
         ),
-        "prefill": {
+    } | {
+        name: {
             str(tokens): _range(
-                [prefill(machine, work, plan.slots, skew, tokens, chunk) for skew in (UNIFORM, SKEWED)]
+                [
+                    prefill(machine, work, plan.slots, skew, tokens, chunk, filled)
+                    for skew in (UNIFORM, SKEWED)
+                ]
             )
             for tokens in fitting
-        },
+        }
+        for name, filled in (("prefill", True), ("first_prefill", False))
     }
 
 

@@ -12,6 +12,7 @@ from flashmoe.errors import BudgetError, ConfigError
 from flashmoe.types import format_size
 
 if TYPE_CHECKING:
+    from flashmoe.engine.forecast import Machine, ModelWork
     from flashmoe.engine.memory import MemoryPlan
 
 # Budgets to show when none is asked for: parts of what a run would take by default.
@@ -35,7 +36,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", metavar="BITS", help="of a config or checkpoint: as convert --bits would")
     options.add_kv_cache(parser)
     parser.add_argument(
-        "--prompt", type=options.numbers, default=[512, 2048], metavar="N,N", help="first prompts, in tokens"
+        "--prompt", type=options.numbers, default=[512, 2048], metavar="N,N", help="prompts, in tokens"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="of a bundle: then run it at each budget, decoding and with the first of the prompts, and compare",
     )
     rates = parser.add_argument_group("rates of the machine", "measured unless given")
     rates.add_argument("--drive", type=options.rate, metavar="GB/s", help="random reads of whole experts")
@@ -61,23 +67,33 @@ def execute(args: argparse.Namespace) -> int:
 
     facts = describe(args.path, bits=args.bits)
     raw = config_of(args.path)
+    if args.check and facts["kind"] != "bundle":
+        raise ConfigError(f"{args.path}: --check runs a model, and needs a bundle")
     native = facts["experts_per_token"]
     facts["experts_per_token"] = per_token = _experts_per_token(args, facts)
     plans, refusals = _plans(args, facts)
     billions = (args.drive, args.memory_bandwidth, args.int8)
     given = Given(*(None if rate is None else rate * 1e9 for rate in billions))
-    pool = max(plan.slots_nbytes for plan in plans)
-    machine, rates = measure_machine(args.path, args.dir, facts["record_nbytes"], args.threads, given, pool)
     work = model_work(raw, facts, per_token, args.kv_cache or "f16")
+    budgets: list[dict[str, Any]] = []
+    pools = [plan.slots_nbytes for plan in plans]
+    for plan in plans:
+        if args.check or not budgets:  # a shared machine changes from minute to minute
+            pool = plan.slots_nbytes if args.check else max(pools)
+            machine, rates = measure_machine(
+                args.path, args.dir, facts["record_nbytes"], args.threads, given, pool
+            )
+        budgets.append({"plan": dataclasses.asdict(plan), **forecast(machine, work, plan, args.prompt)})
+        if args.check:
+            budgets[-1]["machine"] = rates
+            _check(args, machine, work, plan, budgets[-1])
     report = {
         "model": {
             name: value for name, value in facts.items() if name not in ("codecs", "skipped", "unknown")
         },
         "native_experts_per_token": native,
         "machine": rates,
-        "budgets": [
-            {"plan": dataclasses.asdict(plan), **forecast(machine, work, plan, args.prompt)} for plan in plans
-        ],
+        "budgets": budgets,
         "refused": refusals,
     }
     if args.json:
@@ -85,6 +101,17 @@ def execute(args: argparse.Namespace) -> int:
     else:
         print(_show(args, report))
     return 0
+
+
+def _check(
+    args: argparse.Namespace, machine: Machine, work: ModelWork, plan: MemoryPlan, entry: dict[str, Any]
+) -> None:
+    """Run at this budget and note beside the forecast what was measured."""
+    from flashmoe.bench.plan_check import compare, measure_plan
+
+    prompt = args.prompt[0] if args.prompt else 0
+    entry["measured"] = measure_plan(args.path, plan, prompt, args.experts_per_token)
+    entry["comparison"] = compare(entry, machine, work, plan, prompt)
 
 
 def _experts_per_token(args: argparse.Namespace, facts: dict[str, Any]) -> int:
@@ -128,6 +155,7 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> str:
         header += [f"decode at {args.context}", "bound by"]
     for tokens in prompts:
         header += [f"prefill {tokens}", "bound by"]
+    header += [f"first {tokens}" for tokens in prompts]
     speeds = [header]
     for entry in budgets:
         ranges = [entry["decode"]]
@@ -137,11 +165,45 @@ def _show(args: argparse.Namespace, report: dict[str, Any]) -> str:
         row = [format_size(entry["plan"]["budget_nbytes"]), _between(f"{low:.0%}", f"{high:.0%}")]
         for one in ranges:
             row += _speed(one)
+        row += [_speed(entry["first_prefill"][tokens])[0] for tokens in prompts]
         speeds.append(row)
     lines += ["", *_table(split), "", *_table(speeds)]
     if report["model"]["experts"]:
-        lines += ["", "low: a router that chooses evenly; high: one as uneven as OLMoE's (docs/plan.md)"]
+        lines += [
+            "",
+            "low: a router that chooses evenly; high: one as uneven as OLMoE's; first: a prompt right after the start, "
+            "into memory nobody has touched (docs/plan.md)",
+        ]
+    if args.check:
+        lines += ["", *_table(_comparison(budgets))]
     return "\n".join(lines + report["refused"])
+
+
+def _comparison(budgets: list[dict[str, Any]]) -> list[list[str]]:
+    header = [
+        "memory",
+        "",
+        "foretold",
+        "measured",
+        "low off by",
+        "high off by",
+        "drive GB/s",
+        "low, same drive",
+    ]
+    return [header, *(_compared(row) for entry in budgets for row in entry["comparison"])]
+
+
+def _compared(row: dict[str, Any]) -> list[str]:
+    return [
+        format_size(row["memory_bytes"]),
+        row["what"],
+        _between(f"{row['low']:.3g}", f"{row['high']:.3g}"),
+        f"{row['measured']:.3g}",
+        f"{row['low_off']:+.0%}",
+        f"{row['high_off']:+.0%}",
+        f"{row['drive_bytes_per_second'] / 1e9:.2f}",
+        f"{row['same_drive_off']:+.0%}",
+    ]
 
 
 def _headline(args: argparse.Namespace, report: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,11 @@ class Machine:
             return seconds * reads / last / DRIVE_SHARE
         counts, times = zip(*points, strict=True)
         return float(np.interp(reads, counts, times)) / DRIVE_SHARE
+
+    def with_drive(self, factor: float) -> Machine:
+        """The same machine with a drive so many times as fast."""
+        batches = tuple((reads, seconds / factor) for reads, seconds in self.batches)
+        return replace(self, batches=batches, stream=self.stream * factor, fill=self.fill * factor)
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,13 @@ def hit_rate(picks: F64, slots: float) -> float:
     step = float(picks.sum())
     if slots < step:
         return slots / step * float((picks * picks).sum()) / step
+    return float((picks * residency(picks, slots)).sum()) / step
+
+
+def residency(picks: F64, slots: float) -> F64:
+    """Probability [experts] that each expert is in a layer's `slots` filled ones: see hit_rate."""
+    if slots >= len(picks):
+        return np.ones_like(picks)
     low, high = 0.0, 1.0
     while _picked(picks, high).sum() < slots:
         high *= 2
@@ -176,7 +188,7 @@ def hit_rate(picks: F64, slots: float) -> float:
             low = middle
         else:
             high = middle
-    return float((picks * _picked(picks, high)).sum()) / step
+    return _picked(picks, high)
 
 
 def decode(machine: Machine, model: ModelWork, slots: int, skew: float, position: int = 0) -> Speed:
@@ -197,7 +209,8 @@ def decode(machine: Machine, model: ModelWork, slots: int, skew: float, position
         tail = expert if misses else 0.0
         blind = machine.read_seconds(misses) + before + tail  # nobody foresees the first layer
         guessed = min(ahead, misses)
-        reads = machine.read_seconds(misses + (1 - FORESIGHT) * guessed)
+        # Of wrong guesses the one that has begun when the layer asks; the others are taken back.
+        reads = machine.read_seconds(misses + (1 - FORESIGHT) * min(guessed, 1))
         idle = max(0.0, before + tail - machine.read_seconds(FORESIGHT * guessed))
         seconds += probability * max(compute, blind)
         seconds += probability * (layers - 1) * max(compute, reads + idle)
@@ -208,8 +221,10 @@ def decode(machine: Machine, model: ModelWork, slots: int, skew: float, position
     return Speed(1 / seconds, hits, missed, reads_seconds, *busy)
 
 
-def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens: int, chunk: int) -> Speed:
-    """A first prompt of `tokens` tokens, taken `chunk` at a time with an empty pool.
+def prefill(
+    machine: Machine, model: ModelWork, slots: int, skew: float, tokens: int, chunk: int, filled: bool = False
+) -> Speed:
+    """A prompt of `tokens` tokens, taken `chunk` at a time: a first one with an empty pool, or with a filled one.
 
     Each expert that a chunk needs is visited once.  Reads overlap with the experts' products, and with the next layer's
     mixer when a layer needs nearly all of its experts: as many of them as staging slots hold.
@@ -217,13 +232,18 @@ def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens:
     picks = popularity(model.experts, model.per_token, skew)
     everything = model.expert_layers * model.experts
     staging = ExpertCache.staging_slots(slots) * model.record_nbytes / (machine.stream * DRIVE_SHARE)
-    asked = filled = reads_total = seconds = drive_seconds = 0.0
+    missing = np.ones_like(picks)  # probability that an expert is not in a slot
+    if filled and everything:
+        missing -= residency(picks, slots / model.expert_layers)
+    asked = kept = reads_total = seconds = drive_seconds = 0.0
     total = Work()
     for begin in range(0, tokens, chunk):
         count = min(chunk, tokens - begin)
-        needed = model.expert_layers * float(_picked(picks, count).sum())
-        reads = needed * (1 - filled / everything) if everything else 0.0
-        fresh = min(reads, slots - filled)
+        wanted = _picked(picks, count)
+        needed = model.expert_layers * float(wanted.sum())
+        reads = model.expert_layers * float((wanted * missing).sum())
+        reads *= 1 - kept / everything if everything else 0.0
+        fresh = 0.0 if filled else min(reads, slots - kept)
         drive = fresh * model.record_nbytes / machine.fill
         drive += (reads - fresh) * model.record_nbytes / machine.stream
         drive /= DRIVE_SHARE
@@ -234,7 +254,7 @@ def prefill(machine: Machine, model: ModelWork, slots: int, skew: float, tokens:
         if needed >= READ_ON_SHARE * everything:
             idle = max(0.0, mixers - model.expert_layers * staging)
         seconds += max(drive + idle, mixers + experts.seconds(machine) + reads * READ_SECONDS)
-        filled += fresh
+        kept += fresh
         asked, reads_total, drive_seconds = asked + needed, reads_total + reads, drive_seconds + drive
         total = total.plus(dense).plus(experts)
     total = total.plus(model.head)
