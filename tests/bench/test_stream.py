@@ -24,6 +24,8 @@ def test_budgets_differ_in_reads_only(demo_bundle: Path) -> None:
         assert row["peak_memory_bytes"] <= row["memory_bytes"]
         for kind in ("decode", "prefill", "decode_after"):
             assert row[kind]["share_of_bound"] > 0
+            if kind != "prefill":
+                assert row[kind]["share_of_bound"] <= row[kind]["share_of_reachable"]
             assert 0 <= row[kind]["stall_share"] < 1
 
 
@@ -39,6 +41,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     table = capsys.readouterr().out
     assert "all budgets gave the same logits" in table
     assert "ms a layer" in table
+    assert "reachable" in table
     assert "decode after" in table
 
 

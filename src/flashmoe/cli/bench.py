@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import ConfigError
 from flashmoe.types import format_size
@@ -55,13 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=options.count, default=32, metavar="N", help="decoded each time (default 32)"
     )
     options.add_kv_cache(parser)
-    parser.add_argument("--repeats", type=options.count, default=5, metavar="N", help="default: 5")
+    bench_report.add_repeats(parser, 5)
     parser.add_argument("--profile", action="store_true", help="also show where a decoded token's time goes")
     parser.add_argument("--peer-bench", type=Path, metavar="FILE", help="llama-bench, run in alternation")
     parser.add_argument("--peer-model", type=Path, metavar="GGUF", help="the model it runs")
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a roofline")
-    options.add_json(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -80,40 +76,28 @@ def execute(args: argparse.Namespace) -> int:
             report = _report(args, Workbench(engine), peer)
     if args.plot:
         plot_roofline(report, args.plot)
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(report)
+    bench_report.finish(args, report, _show)
     return 0
 
 
 def _report(args: argparse.Namespace, bench: Workbench, peer: Peer | None) -> dict[str, Any]:
-    from flashmoe.bench.machine import describe_machine
     from flashmoe.bench.measure import BenchOptions, measure, options_of, profile
 
     wanted = BenchOptions(args.prompt, args.context, args.tokens, args.repeats)
-    ops, plan = bench.engine._parts.ops, bench.engine.plan
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": _name(args),
-        "machine": describe_machine(ops.isa, ops.threads),
-        "options": options_of(wanted),
+    plan = bench.engine.plan
+    head = bench_report.begin(_name(args), options_of(wanted), bench.engine._parts.ops.threads)
+    report: dict[str, Any] = head | {
         "kv_cache": plan.kv_cache,
         "expert_slots": plan.slots,
         "experts": plan.experts,
         "resident": bench.resident,
         "peer": None if peer is None else str(peer.model.name),
-        "results": measure(bench, wanted, peer, _note),
+        "results": measure(bench, wanted, peer, bench_report.note),
         "read_bandwidth": bench.read_bandwidth(),
         "int8_peak": bench.int8_peak(),
     }
     if args.profile:
         report["profile"] = profile(bench, args.tokens)
-    _note("")
     return report
 
 
@@ -150,12 +134,6 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
         with ProgressLine("writing") as progress:
             synth(args.path, Path(folder, "bundle"), layers=args.layers, progress=progress)
         yield Path(folder, "bundle")
-
-
-def _note(text: str) -> None:
-    """One line on the terminal that the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.types import format_size
 
@@ -18,51 +17,33 @@ _MOST_IN_FLIGHT = 256  # the reader's own limit
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench io`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     parser.add_argument(
         "--depths", type=_depths, default=_DEPTHS, metavar="N,N", help="reads in flight (default 1,2,4..32)"
     )
     parser.add_argument(
         "--seconds", type=options.rate, default=1.0, metavar="S", help="of a measurement (default 1)"
     )
-    parser.add_argument("--repeats", type=options.count, default=7, metavar="N", help="rounds (default 7)")
+    bench_report.add_repeats(parser, 7, "rounds")
     parser.add_argument(
         "--places",
         type=options.count,
         metavar="N",
         help="buffers that ours reads into in turn, like slots (default: as many as in flight, like fio)",
     )
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
-    options.add_json(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Measure and report."""
-    from datetime import UTC, datetime
-
     from flashmoe.bench.io import IoOptions, measure, record_files
-    from flashmoe.bench.machine import describe_machine
     from flashmoe.bundle.reader import Bundle
-    from flashmoe.env import cpu_count
-    from flashmoe.kernels.cpu import choose_isa
 
     bundle = args.bundle or find_demo_bundle()
     wanted = IoOptions(args.depths, 0.4 * args.seconds, args.seconds, args.repeats, args.places)
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": Path(bundle).resolve().name,
-        "machine": describe_machine(choose_isa()[0], cpu_count()),
-        "options": {name: getattr(args, name) for name in ("depths", "seconds", "repeats", "places")},
-    } | measure(record_files(Bundle.open(bundle)), wanted, _note)
-    _note("")
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(report)
+    measured = measure(record_files(Bundle.open(bundle)), wanted, bench_report.note)
+    chosen = {name: getattr(args, name) for name in ("depths", "seconds", "repeats", "places")}
+    head = bench_report.begin(Path(bundle).resolve(), chosen)
+    bench_report.finish(args, head | measured, _show)
     return 0
 
 
@@ -71,11 +52,6 @@ def _depths(text: str) -> list[int]:
     if max(depths) > _MOST_IN_FLIGHT:
         raise argparse.ArgumentTypeError(f"{max(depths)}: at most {_MOST_IN_FLIGHT} reads are in flight")
     return sorted(set(depths))
-
-
-def _note(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -7,19 +7,18 @@ same logits to the bit.  The page cache begins without the experts and the pool 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.types import format_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench io-experiments`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     parser.add_argument(
         "--memory", type=options.size, metavar="SIZE", help="budget (default: a pool of 25 %% of the experts)"
     )
@@ -27,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warm", type=options.whole, default=8, metavar="N", help="decoded before (default 8)"
     )
-    parser.add_argument("--repeats", type=options.count, default=3, metavar="R", help="pairs (default 3)")
+    bench_report.add_repeats(parser, 3, "pairs")
     parser.add_argument(
         "--only",
         type=_names,
@@ -44,19 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="on the bundle's drive, for compressed copies of up to 1.6 GB, removed afterwards (default: system's own)",
     )
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
-    options.add_json(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Measure and report."""
-    from datetime import UTC, datetime
-
     from flashmoe.bench.experiments.catalog import choose
     from flashmoe.bench.experiments.compare import CompareOptions, compare
-    from flashmoe.bench.machine import describe_machine
-    from flashmoe.env import cpu_count
-    from flashmoe.kernels.cpu import choose_isa
 
     experiments = choose(args.only)
     if args.list:
@@ -67,32 +59,15 @@ def execute(args: argparse.Namespace) -> int:
     wanted = CompareOptions(
         bundle, args.memory, args.warm, args.tokens, args.repeats, args.text, args.scratch
     )
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": bundle.name,
-        "machine": describe_machine(choose_isa()[0], cpu_count()),
-        "options": {"warm": args.warm, "tokens": args.tokens, "repeats": args.repeats},
-    } | compare(wanted, experiments, _note)
-    _note("")
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(report)
+    measured = compare(wanted, experiments, bench_report.note)
+    chosen = {name: getattr(args, name) for name in ("warm", "tokens", "repeats")}
+    head = bench_report.begin(bundle, chosen)
+    bench_report.finish(args, head | measured, _show)
     return 0
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _note(text: str) -> None:
-    """One line on the terminal that the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from flashmoe.cli.demo import find_demo_bundle
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench policies`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     driven = parser.add_mutually_exclusive_group(required=True)
     driven.add_argument(
         "--trace",

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def add_repeats(parser: argparse.ArgumentParser) -> None:
-    """--repeats, --results and --json."""
-    parser.add_argument("--repeats", type=options.count, default=3, metavar="N", help="default: 3")
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """BUNDLE, None when not given."""
+    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+
+
+def add_repeats(parser: argparse.ArgumentParser, default: int = 3, what: str = "") -> None:
+    """--repeats, --results and --json; what: the repeats are called."""
+    text = f"{what} (default {default})" if what else f"default: {default}"
+    parser.add_argument("--repeats", type=options.count, default=default, metavar="N", help=text)
+    add_output(parser)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--results and --json."""
     parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
     options.add_json(parser)
 
@@ -28,8 +39,11 @@ def note(text: str) -> None:
         print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
 
 
-def begin(bundle: Path | str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """A report's head: when, which model, which machine, and the options that matter."""
+def begin(bundle: Path | str, chosen: dict[str, Any], threads: int | None = None) -> dict[str, Any]:
+    """A report's head: when, which model, which machine, and the options that matter.
+
+    bundle: a path, of which the last name is told, or what else the model is called; threads: None for one a processor.
+    """
     from datetime import UTC, datetime
 
     from flashmoe.bench.machine import describe_machine
@@ -38,8 +52,8 @@ def begin(bundle: Path | str, chosen: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": Path(bundle).name,
-        "machine": describe_machine(choose_isa()[0], cpu_count()),
+        "model": bundle.name if isinstance(bundle, Path) else bundle,
+        "machine": describe_machine(choose_isa()[0], threads or cpu_count()),
         "options": chosen,
     }
 
@@ -50,7 +64,7 @@ def finish(args: argparse.Namespace, report: dict[str, Any], show: Callable[[dic
     if args.results:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with args.results.open("a") as file:
-            file.write(json.dumps(report) + "\n")
+            file.write(json.dumps(report, default=str) + "\n")
     if args.json:
         options.print_json(report)
     else:

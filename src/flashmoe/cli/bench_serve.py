@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe import env
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 from flashmoe.cli.demo import find_demo_bundle
 from flashmoe.errors import ConfigError
 from flashmoe.types import format_size
@@ -22,7 +20,7 @@ _QUESTION = 64  # more than the tokens of a later turn's question and the templa
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench serve`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     parser.add_argument("--url", help="load a server that runs already, like http://127.0.0.1:8080")
     parser.add_argument("--api-key", metavar="KEY", help="its key (default: $FLASHMOE_API_KEY, or none)")
     parser.add_argument(
@@ -47,17 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--parallel", type=options.count, metavar="N", help="answers at the same time")
     server.add_argument("--cache-memory", type=options.size, metavar="SIZE", help="for the prefix cache")
     server.add_argument("--cache-dir", type=Path, metavar="DIR", help="for the prefix cache")
-    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append the report to this file")
-    options.add_json(parser)
+    bench_report.add_output(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Measure and report; 1 when there were errors."""
-    from datetime import UTC, datetime
-
-    from flashmoe.bench.machine import describe_machine
     from flashmoe.bench.serve_client import Endpoint, started
-    from flashmoe.kernels.cpu import choose_isa
 
     key = args.api_key or env.api_key()
     if args.url is not None:
@@ -69,21 +62,9 @@ def execute(args: argparse.Namespace) -> int:
         name = Path(bundle).resolve().name
         with started(str(bundle), _server_options(args)) as url:
             result = _measure(args, Endpoint(url, key))
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": name,
-        "machine": describe_machine(choose_isa()[0], env.cpu_count()),
-        "options": {key: value for key, value in vars(args).items() if key not in ("api_key", "bundle")},
-        "results": result,
-    }
-    if args.results:
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        with args.results.open("a") as file:
-            file.write(json.dumps(report, default=str) + "\n")
-    if args.json:
-        options.print_json(report)
-    else:
-        _show(result)
+    asked = {key: value for key, value in vars(args).items() if key not in ("api_key", "bundle")}
+    report = bench_report.begin(name, asked) | {"results": result}
+    bench_report.finish(args, report, lambda whole: _show(whole["results"]))
     return 1 if result.get("errors") else 0
 
 
@@ -115,17 +96,11 @@ def _measure(args: argparse.Namespace, endpoint: Endpoint) -> dict[str, Any]:
     try:
         if args.conversation is None:
             load = LoadOptions(args.clients, args.seconds, _answer_tokens(args))
-            return run_load(endpoint, load, _note)
+            return run_load(endpoint, load, bench_report.note)
         wanted = ConversationOptions(args.conversation, _answer_tokens(args), args.side_by_side)
-        return run_conversations(endpoint, wanted, _note)
+        return run_conversations(endpoint, wanted, bench_report.note)
     finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-def _note(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+        bench_report.note("")
 
 
 def _show(result: dict[str, Any]) -> None:

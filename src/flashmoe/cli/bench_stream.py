@@ -15,7 +15,7 @@ from flashmoe.types import format_size
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench stream`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     parser.add_argument(
         "--memory",
         type=options.sizes,
@@ -142,7 +142,12 @@ def _show(report: dict[str, Any]) -> None:
     for row in report["results"]:
         layer = row["decode"]["layer_ms"]
         parts = ", ".join(f"{name} {layer[name]:.2f}" for name in ("compute", "read", "stall"))
-        console.print(f"{format_size(row['memory_bytes'])}: {layer['total']:.2f} ms a layer ({parts})")
+        decode = row["decode"]
+        console.print(
+            f"{format_size(row['memory_bytes'])}: {layer['total']:.2f} ms a layer ({parts}); "
+            f"{decode['share_of_reachable']:.0%} of the {_rate(decode['reachable_tok_s'])} tok/s that are reachable, "
+            "since nobody foresees a token's first layer"
+        )
     console.print(
         "all budgets gave the same logits" if report["same_logits"] else "LOGITS DIFFER: report this as a bug"
     )

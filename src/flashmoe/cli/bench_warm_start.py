@@ -15,7 +15,7 @@ from flashmoe.types import format_size
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe bench warm-start`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="default: the demo model")
+    bench_report.add_bundle(parser)
     options.add_memory(parser)
     parser.add_argument("--tokens", type=options.count, default=16, metavar="N", help="measured (default 16)")
     parser.add_argument(
