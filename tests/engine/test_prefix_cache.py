@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,24 @@ def test_where_two_conversations_begin_is_not_left_behind() -> None:
     cache.store([8] * 40, filled(40, 8.0))
     assert restored(cache, [5] * 20)[0] == 20
     assert restored(cache, [5] * 20 + [1] * 20)[0] == 20, "of the others this one was used longest ago"
+
+
+def test_a_full_drive_costs_the_snapshot_and_nothing_else(tmp_path: Path) -> None:
+    ids = list(range(40))
+    cache = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100, hard)
+    )  # the write fails in the middle, as on a full drive
+    try:
+        cache.store(ids[:20], filled(20, 1.0))
+        cache.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert restored(cache, ids) == (20, 1.0), "it is still in memory"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    again = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    assert restored(again, ids) == (0, 0.0)
+    again.store(ids[:20], filled(20, 1.0))
+    again.close()
+    assert restored(PrefixCache(ROOM, "model", tmp_path, ROOM), ids) == (20, 1.0)

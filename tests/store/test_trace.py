@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import struct
 import zipfile
 from pathlib import Path
@@ -55,6 +56,21 @@ def test_what_was_recorded_is_read_again(tmp_path: Path) -> None:
     assert trace.sequences.tolist() == [0] * 5
     assert trace.decoding().tokens == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.npz"], "nothing else is left behind"
+
+
+def test_a_full_drive_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t.npz", [1], 300, 2, "model-x")
+    writer.begin([(0, 0, [5])])
+    writer.layer(1, *routing(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))  # writes fail in the middle, as on a full drive
+    try:
+        with pytest.raises(TraceError, match=r"t\.npz: .*\(File too large\): free some space") as caught:
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_failed_is_not_recorded(tmp_path: Path) -> None:
