@@ -4,8 +4,8 @@
 
 namespace flashmoe {
 namespace {
-// Reads that may be in flight when a prefetch begins.  With two the drive is busy, and a demand read that comes
-// next shares it with two records at most.
+// Reads that may be in flight when a prefetch begins.  With two the drive is busy, and a demand read that
+// comes next shares it with two records at most.
 constexpr size_t kPrefetchBeside = 1;
 }  // namespace
 
@@ -17,8 +17,8 @@ void ReadQueue::push(ReadRequest request) {
     ++outstanding_;
     wanted = ready();
   }
-  // A prefetch that has to wait is found by whoever finishes a read: a thread that is woken in vain takes a processor
-  // from one that computes.
+  // A prefetch that has to wait is found by whoever finishes a read: a thread that is woken in vain takes a
+  // processor from one that computes.
   if (wanted) work_.notify_one();
 }
 

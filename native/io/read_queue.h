@@ -18,8 +18,8 @@ class ReadQueue {
  public:
   void push(ReadRequest request);
 
-  // The next request, demand before prefetch, each in order; see ReadRequest::prefetch for when a prefetch may
-  // begin.  Blocks for one; none after stop().
+  // The next request, demand before prefetch, each in order; see ReadRequest::prefetch for when a prefetch
+  // may begin.  Blocks for one; none after stop().
   std::optional<ReadRequest> pop();
   // The same without blocking.
   std::optional<ReadRequest> try_pop();

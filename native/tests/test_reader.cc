@@ -142,9 +142,10 @@ void serves_demand_first(const std::string& path, EngineKind engine) {
 void withdraws_what_has_not_begun(const std::string& path, EngineKind engine) {
   for (int round = 0; round < 50; ++round) {
     Reader reader({path}, DirectMode::automatic, engine, 8);
-    auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord, false);
-    reader.submit({0, 0, kRecords * kRecord, buffer, 0, 0, false});
-    for (int64_t tag = 1; tag < 9; ++tag) reader.submit({0, 0, kBlock, buffer, 0, tag, true});
+    auto buffer = std::make_shared<AlignedBuffer>(kRecords * kRecord + 8 * kBlock, false);
+    reader.submit({0, 0, kRecords * kRecord, buffer, 8 * kBlock, 0, false});
+    for (size_t i = 0; i < 8; ++i)
+      reader.submit({0, 0, kBlock, buffer, i * kBlock, static_cast<int64_t>(i) + 1, true});
     std::vector<int> seen(9);
     for (int64_t tag : reader.withdraw()) ++seen[static_cast<size_t>(tag)];
     const size_t left = reader.outstanding();
