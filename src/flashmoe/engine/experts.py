@@ -173,13 +173,14 @@ class StreamedExperts:
         out: F32,
     ) -> F32:
         """The sum of the shared expert and of those that are ready: a better guess than without."""
-        known, added = np.zeros_like(factors), np.zeros_like(out)
-        known[:shared] = factors[:shared]
+        missing, added = np.ones(len(factors), bool), np.zeros_like(out)
+        missing[:shared] = False
         for expert, _ in ready:
             begin, end = pairs.range_of(expert)
-            known[shared + begin : shared + end] = factors[shared + begin : shared + end]
-        results = y[len(out) - shared :]
-        results[: len(known)][known == 0] = 0  # nothing is there yet, or what is left of another layer
+            missing[shared + begin : shared + end] = False
+        results, known = y[len(out) - shared :], factors.copy()
+        results[: len(factors)][missing] = 0  # what is left there of another layer may be no number
+        known[missing] = 0
         self._ops.combine(results, rows, known, added)
         return added
 
