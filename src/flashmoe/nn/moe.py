@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe.errors import BundleError
 from flashmoe.nn.blocks import Experts, FfnShape, Foresight
 from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
@@ -131,6 +132,15 @@ class SparseMoe:
         return self._layer, list(dict.fromkeys(chosen.T.ravel().tolist()))
 
     def _route(self, logits: F32, chosen: I32, weights: F32) -> None:
+        """Raises BundleError when a logit is not a number: damaged weights can be finite and overflow here."""
+        try:
+            self._ask_router(logits, chosen, weights)
+        except RuntimeError as error:
+            raise BundleError(
+                f"layer {self._layer}: {error}; the bundle's weights are damaged: convert the checkpoint again"
+            ) from error
+
+    def _ask_router(self, logits: F32, chosen: I32, weights: F32) -> None:
         k, how = self._shape.experts_per_token, self._shape.grouped
         if how is None:
             self._ops.route(logits, k, chosen, weights, self._shape.renormalised)
