@@ -106,8 +106,9 @@ def _show(report: dict[str, Any]) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in report["results"]:
+        kind, _, file = row["policy"].partition(":")
         table.add_row(
-            row["policy"],
+            f"{kind}:{Path(file).name}" if file else kind,
             f"{row['hit_rate']:.1%}",
             f"{row['replayed_hit_rate']:.1%}",
             f"{row['tok_s']:.4g}",
