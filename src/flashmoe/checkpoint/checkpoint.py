@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -241,7 +242,8 @@ def _shard_names(path: Path) -> list[str]:
             raise CheckpointError(
                 f"{index} names the shard {reprlib.repr(name)}, outside its folder: download it again"
             )
-        if not (path / name).exists():
+        # Path.exists would raise for a name longer than the file system allows.
+        if not os.path.exists(path / name):
             raise CheckpointError(
                 f"{path / name} is missing: download it again (the index names {len(names)} files)"
             )
