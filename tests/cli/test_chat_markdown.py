@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import signal
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -86,6 +88,33 @@ def test_finished_blocks_are_printed_once() -> None:
     printed = text.rsplit("\x1b[2K", 1)[-1]
     assert "Third" in printed
     assert "First" not in printed
+
+
+@pytest.mark.parametrize("moment", [True, False], ids=["cursor vanishes", "cursor returns"])
+def test_ctrl_c_while_the_live_part_begins_or_ends(monkeypatch: pytest.MonkeyPatch, moment: bool) -> None:
+    """What it has begun can be ended then, and the terminal is as it was."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    show_cursor = console.show_cursor
+
+    def pressed(show: bool = True) -> Any:
+        if show is not moment:
+            monkeypatch.setattr(console, "show_cursor", show_cursor)
+            signal.raise_signal(signal.SIGINT)
+        return show_cursor(show)
+
+    monkeypatch.setattr(console, "show_cursor", pressed)
+    stream = MarkdownStream(console)
+
+    def answer() -> None:
+        stream.push("one line")
+        stream.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    stream.close()
+    assert not console._render_hooks
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1
 
 
 def test_a_long_block_shows_its_end_while_it_grows() -> None:

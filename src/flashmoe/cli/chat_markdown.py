@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+from flashmoe.cli.interrupts import held_back
+
 # Redrawing takes at most a tenth of the time, and happens ten times a second at most: the processor has a model to run.
 _SECONDS = 0.1
 _SHARE = 10
@@ -41,9 +43,10 @@ class MarkdownStream:
 
     def close(self) -> None:
         """The text has ended."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        with held_back():
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
         for block in _blocks(self._text):
             self._print(block)
         self._text = ""
@@ -64,8 +67,9 @@ class MarkdownStream:
         if not self._console.is_terminal:
             return
         if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
+            with held_back():  # one that has begun by half cannot be stopped
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
         most = max(1, self._console.height - 2)
         block = _Block(self._markdown(_end_of(self._text, most)), self._printed, most)
         self._live.update(block, refresh=True)
