@@ -17,7 +17,7 @@ import pytest
 from flashmoe.chat.llm import LLM
 from flashmoe.convert import convert
 from flashmoe.engine.engine import Engine, EngineOptions
-from flashmoe.errors import ReadError
+from flashmoe.errors import BundleError, ReadError
 from flashmoe.store.fake_reader import FakeReader, Fault
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -140,6 +140,21 @@ def test_a_slow_drive_changes_nothing_but_the_stall(machine: Any, undisturbed: b
         assert len(waits) > 30
         # Nearly all of them: guesses that have landed are asked for while nothing waits.
         assert stalled >= pause * len(waits) / 2
+
+
+def test_a_router_whose_logits_are_no_numbers(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are finite and too large are read without complaint."""
+    with machine.open() as engine:
+        ops = engine._parts.ops
+        route = ops.route
+
+        def overflown(logits: Any, *others: Any) -> None:
+            logits.fill(np.nan)
+            route(logits, *others)
+
+        monkeypatch.setattr(ops, "route", overflown)
+        with pytest.raises(BundleError, match=r"layer 0: .*not a number; .*convert the checkpoint again"):
+            machine.run(engine)
 
 
 def test_without_checksums_damage_goes_through(machine: Any, undisturbed: bytes) -> None:
