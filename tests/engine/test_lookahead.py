@@ -55,7 +55,7 @@ def test_a_later_guess_replaces_an_earlier_one() -> None:
         return (3, [1] if added is None else [2])
 
     ahead.guess(foresight, 1)
-    ahead.guess(foresight, 1, known)
+    ahead.guess(foresight, 1, lambda: known)
     ahead.read(step)
     assert told == [None, known]
     assert step.read == [(3, [2])]

@@ -320,15 +320,23 @@ def changed_numbers(draw: st.DrawFn, data: bytes) -> bytes:
     return bytes(out)
 
 
+def gguf_parts(file: Path) -> tuple[bytes, bytes]:
+    """The header and what comes from the first tensor on."""
+    whole = file.read_bytes()
+    start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
+    return whole[:start], whole[start:]
+
+
+def change_gguf_header(file: Path, data: st.DataObject) -> None:
+    head, blocks = gguf_parts(file)
+    file.write_bytes(data.draw(changed_numbers(head) | changed_bytes(head)) + blocks)
+
+
 @budget(150)
 @given(data=st.data())
 def test_header_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.DataObject) -> None:
     with Files(gguf_model) as files:
-        file = files.path / "m.gguf"
-        whole = file.read_bytes()
-        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
-        head = data.draw(changed_numbers(whole[:start]) | changed_bytes(whole[:start]))
-        file.write_bytes(head + whole[start:])
+        change_gguf_header(files.path / "m.gguf", data)
         use_checkpoint(contained, files.path)
 
 
@@ -337,9 +345,8 @@ def test_header_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.
 def test_blocks_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.DataObject) -> None:
     with Files(gguf_model) as files:
         file = files.path / "m.gguf"
-        whole = file.read_bytes()
-        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
-        file.write_bytes(whole[:start] + data.draw(changed_bytes(whole[start:])))
+        head, blocks = gguf_parts(file)
+        file.write_bytes(head + data.draw(changed_bytes(blocks)))
         use_checkpoint(contained, files.path)
 
 
@@ -351,11 +358,7 @@ def test_header_of_a_gguf_file_of_other_families(
 ) -> None:
     """Blocks of MXFP4 and biases of experts; keys and values apart."""
     with Files(gguf_family(form)) as files:
-        file = files.path / "m.gguf"
-        whole = file.read_bytes()
-        start = min(entry.offset for entry in read_gguf(file).tensors.tensors.values())
-        head = data.draw(changed_numbers(whole[:start]) | changed_bytes(whole[:start]))
-        file.write_bytes(head + whole[start:])
+        change_gguf_header(files.path / "m.gguf", data)
         use_checkpoint(contained, files.path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.bench.replay import BELADY, BYPASS
 from flashmoe.bench.simulate import BASE
 from flashmoe.errors import ConfigError
-from flashmoe.store.policies.registry import DEFAULT
+from flashmoe.store.policies.registry import DEFAULT, label_of
 
 Row = dict[str, Any]
 # Fifteen policies lie within five points of each other: only what one looks for first is drawn in strong colours.
@@ -75,15 +75,14 @@ def _looks(names: Sequence[str]) -> dict[str, _Look]:
     strong, pale = iter(_STRONG * len(names)), 0
     looks = {}
     for name in names:
-        kind, _, file = name.partition(":")
-        label = f"{kind}:{Path(file).name}" if file else name
+        label = label_of(name)
         if name in (BELADY, BYPASS):
             looks[name] = _Look(label, "black", "", 1.4, "--" if name == BELADY else ":")
         elif name == BASE:
             looks[name] = _Look(label, "black", ".", 2.0)
         elif name == DEFAULT:
             looks[name] = _Look(f"{label} (default)", "tab:green", ".", 2.4)
-        elif file:
+        elif ":" in name:
             looks[name] = _Look(label, next(strong), ".", 2.4)
         else:
             color = colormaps["tab20"](2 * (pale % 10) + 1)

@@ -14,8 +14,6 @@ that layer's mixer overlap with no read; and one thread does all that is not wai
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from flashmoe import env
 from flashmoe.bench.process import run_module, serve
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.workbench import Workbench
-from flashmoe.nn.weights import F32
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def _steps(engine: Engine, ids: list[list[int]], digest: Any) -> None:
 
 def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, Any]:
     steps, width = len(ids), len(ids[0])
-    with _timed_head(bench) as head:
+    with bench.timed_head() as timed:
         report = observed(bench, lambda: _steps(bench.engine, ids, digest), steps * width)
     # What a step touches at least: all that is always needed, each sequence's state, and each distinct expert once.
     experts = report["experts_asked"] / steps
@@ -110,8 +107,9 @@ def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, An
     bound = max(report["read_seconds"] / steps, nbytes / bench.read_bandwidth())
     layers = bench.engine._parts.model.config.num_hidden_layers
     step = width / report["tok_s"]
-    mixers = report["kernel_seconds"] - report["expert_seconds"] - sum(head)
-    blind = (sum(head) + mixers / layers) / steps
+    head = timed["head"]
+    mixers = report["kernel_seconds"] - report["expert_seconds"] - head
+    blind = (head + mixers / layers) / steps
     reachable = max(bound, report["read_seconds"] / steps + blind, step * (1 - report["stall_share"]))
     return report | {
         "bound_tok_s": width / bound,
@@ -126,25 +124,6 @@ def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, An
             "stall": 1e3 * report["stall_share"] * step / layers,
         },
     }
-
-
-@contextmanager
-def _timed_head(bench: Workbench) -> Iterator[list[float]]:
-    """Seconds of each pass through the output head while the context lasts."""
-    model, seconds = bench.engine._parts.model, list[float]()
-    original = model._logits
-
-    def timed(h: F32) -> F32:
-        began = time.perf_counter()
-        logits = original(h)
-        seconds.append(time.perf_counter() - began)
-        return logits
-
-    model._logits = timed  # type: ignore[method-assign]
-    try:
-        yield seconds
-    finally:
-        del model._logits
 
 
 def _prefill(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:

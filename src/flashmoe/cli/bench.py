@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +136,6 @@ def _bundle(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     machine = report["machine"]
@@ -151,7 +149,7 @@ def _show(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for row in report["results"]:
         table.add_row(*_cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = bench_report.console(110)
     console.print(table)
     if not report["resident"]:
         console.print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,8 @@ def _depths(text: str) -> list[int]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = bench_report.console()
     console.print(_sweep_table(report))
     console.print(_duel_table(report))
     print(

@@ -7,7 +7,6 @@ same logits to the bit.  The page cache begins without the experts and the pool 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,6 @@ def _names(text: str) -> list[str]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     pool = f"{report['slots']} of {report['experts']} experts in the pool"
@@ -103,7 +101,7 @@ def _show(report: dict[str, Any]) -> None:
             format_size(row["process_bytes"]),
             "?" if cached is None else format_size(cached),
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = bench_report.console(140)
     if report["results"]:
         console.print(table)
     for row in report["results"]:

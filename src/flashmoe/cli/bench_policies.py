@@ -98,6 +98,8 @@ def _summary(names: list[str], runs: list[dict[str, Any]]) -> list[dict[str, Any
 def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from flashmoe.store.policies.registry import label_of
+
     wanted = report["options"]
     source = wanted["trace"] or wanted["text"]
     title = f"{report['model']}: {wanted['slots']} slots a layer, {wanted['tokens']} tokens of {source}"
@@ -106,9 +108,8 @@ def _show(report: dict[str, Any]) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in report["results"]:
-        kind, _, file = row["policy"].partition(":")
         table.add_row(
-            f"{kind}:{Path(file).name}" if file else kind,
+            label_of(row["policy"]),
             f"{row['hit_rate']:.1%}",
             f"{row['replayed_hit_rate']:.1%}",
             f"{row['tok_s']:.4g}",

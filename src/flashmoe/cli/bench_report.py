@@ -71,8 +71,8 @@ def finish(args: argparse.Namespace, report: dict[str, Any], show: Callable[[dic
         show(report)
 
 
-def console() -> Console:
-    """120 columns where nobody watches."""
+def console(width: int = 120) -> Console:
+    """So many columns where nobody watches."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else width)

@@ -15,6 +15,8 @@ from flashmoe.types import format_size
 if TYPE_CHECKING:
     from flashmoe.bench.serve_client import Endpoint
 
+# Neither secrets nor what only says where the report goes, which would tell others of this machine's folders.
+_UNTOLD = ("api_key", "bundle", "results", "json")
 _QUESTION = 64  # more than the tokens of a later turn's question and the template's markers
 
 
@@ -62,7 +64,7 @@ def execute(args: argparse.Namespace) -> int:
         name = Path(bundle).resolve().name
         with started(str(bundle), _server_options(args)) as url:
             result = _measure(args, Endpoint(url, key))
-    asked = {key: value for key, value in vars(args).items() if key not in ("api_key", "bundle")}
+    asked = {key: value for key, value in vars(args).items() if key not in _UNTOLD}
     report = bench_report.begin(name, asked) | {"results": result}
     bench_report.finish(args, report, lambda whole: _show(whole["results"]))
     return 1 if result.get("errors") else 0

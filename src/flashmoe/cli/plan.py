@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Plan each budget, measure, foretell; an error when no budget works."""
-    from flashmoe.bench.plan import Given, forecast, measure_machine, model_work
+    from flashmoe.bench.plan import model_work
     from flashmoe.cli.inspect import config_of
     from flashmoe.convert import describe
 
@@ -72,21 +72,9 @@ def execute(args: argparse.Namespace) -> int:
     native = facts["experts_per_token"]
     facts["experts_per_token"] = per_token = _experts_per_token(args, facts)
     plans, refusals = _plans(args, facts)
-    billions = (args.drive, args.memory_bandwidth, args.int8)
-    given = Given(*(None if rate is None else rate * 1e9 for rate in billions))
     work = model_work(raw, facts, per_token, args.kv_cache or "f16")
-    budgets: list[dict[str, Any]] = []
-    pools = [plan.slots_nbytes for plan in plans]
-    for plan in plans:
-        if args.check or not budgets:  # a shared machine changes from minute to minute
-            pool = plan.slots_nbytes if args.check else max(pools)
-            machine, rates = measure_machine(
-                args.path, args.dir, facts["record_nbytes"], args.threads, given, pool
-            )
-        budgets.append({"plan": dataclasses.asdict(plan), **forecast(machine, work, plan, args.prompt)})
-        if args.check:
-            budgets[-1]["machine"] = rates
-            _check(args, machine, work, plan, budgets[-1])
+    foretell = _checked if args.check else _foretold
+    budgets, rates = foretell(args, facts["record_nbytes"], work, plans)
     report = {
         "model": {
             name: value for name, value in facts.items() if name not in ("codecs", "skipped", "unknown")
@@ -103,15 +91,49 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(
-    args: argparse.Namespace, machine: Machine, work: ModelWork, plan: MemoryPlan, entry: dict[str, Any]
-) -> None:
-    """Run at this budget and note beside the forecast what was measured."""
+def _machine(
+    args: argparse.Namespace, record_nbytes: int, pool_nbytes: int
+) -> tuple[Machine, dict[str, Any]]:
+    """What is given of the rates, and the rest measured."""
+    from flashmoe.bench.plan import Given, measure_machine
+
+    billions = (args.drive, args.memory_bandwidth, args.int8)
+    given = Given(*(None if rate is None else rate * 1e9 for rate in billions))
+    return measure_machine(args.path, args.dir, record_nbytes, args.threads, given, pool_nbytes)
+
+
+def _foretold(
+    args: argparse.Namespace, record_nbytes: int, work: ModelWork, plans: list[MemoryPlan]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One entry for each budget, all with the rates measured once."""
+    from flashmoe.bench.plan import forecast
+
+    machine, rates = _machine(args, record_nbytes, max(plan.slots_nbytes for plan in plans))
+    return [
+        {"plan": dataclasses.asdict(plan), **forecast(machine, work, plan, args.prompt)} for plan in plans
+    ], rates
+
+
+def _checked(
+    args: argparse.Namespace, record_nbytes: int, work: ModelWork, plans: list[MemoryPlan]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """As _foretold, each budget measured anew, since a shared machine changes from minute to minute, and then run."""
+    from flashmoe.bench.plan import forecast
     from flashmoe.bench.plan_check import compare, measure_plan
 
     prompt = args.prompt[0] if args.prompt else 0
-    entry["measured"] = measure_plan(args.path, plan, prompt, args.experts_per_token)
-    entry["comparison"] = compare(entry, machine, work, plan, prompt)
+    budgets = []
+    for plan in plans:
+        machine, rates = _machine(args, record_nbytes, plan.slots_nbytes)
+        entry = {
+            "plan": dataclasses.asdict(plan),
+            **forecast(machine, work, plan, args.prompt),
+            "machine": rates,
+        }
+        entry["measured"] = measure_plan(args.path, plan, prompt, args.experts_per_token)
+        entry["comparison"] = compare(entry, machine, work, plan, prompt)
+        budgets.append(entry)
+    return budgets, rates
 
 
 def _experts_per_token(args: argparse.Namespace, facts: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.cli import options
+from flashmoe.cli import bench_report, options
 
 if TYPE_CHECKING:
     from flashmoe.bench.simulate import Plan
@@ -115,7 +115,6 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _show(report: dict[str, Any], plan: Plan) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=_title(report), title_justify="left")
@@ -135,6 +134,6 @@ def _show(report: dict[str, Any], plan: Plan) -> None:
             one += [f"{row['bytes_per_token'] / 1e6:.1f}", f"{row['projected_tok_s']:.2f}"]
     for name, texts in cells.items():
         table.add_row(name, *texts)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = bench_report.console(140)
     console.print(table)
     console.print("hit rate, and the part of the gap between lru and belady that is closed", style="dim")

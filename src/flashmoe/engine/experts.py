@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -155,8 +156,10 @@ class StreamedExperts:
             y = self._results(tokens + len(pairs.tokens), out.shape[1])
             self._run_ready(layout, group, pairs, request.hits, everyone, block, y)
             if foresight is not None and waits:
-                added = self._so_far(pairs, request.hits, y, len(everyone), rows, factors, out)
-                lookahead.guess(foresight, tokens, added)
+                known = functools.partial(
+                    self._so_far, pairs, request.hits, y, len(everyone), rows, factors, out
+                )
+                lookahead.guess(foresight, tokens, known)
                 lookahead.read(request)
             while ready := request.next_ready():
                 self._run_ready(layout, group, pairs, ready, everyone[:0], None, y)

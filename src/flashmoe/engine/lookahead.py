@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flashmoe.nn.blocks import Foresight
 from flashmoe.nn.weights import F32
@@ -60,16 +60,17 @@ class Lookahead:
             self.right += right
             self.accuracy = _MEMORY * self.accuracy + (1 - _MEMORY) * right
 
-    def guess(self, foresight: Foresight | None, tokens: int, added: F32 | None = None) -> None:
+    def guess(self, foresight: Foresight | None, tokens: int, added: Callable[[], F32] | None = None) -> None:
         """The most probable experts of the next layer that would have to be read.
 
-        tokens: of the step, each with AHEAD experts.  added: see Foresight; the last guess before a layer counts.
+        tokens: of the step, each with AHEAD experts.  added: makes what Foresight takes, if a guess is made at all;
+        the last guess before a layer counts.
         """
         if foresight is None or self._mode == "off":
             return
         if not self.reading and self._steps % _PROBE:
             return
-        layer, experts = foresight(added)
+        layer, experts = foresight(None if added is None else added())
         resident = self._cache.resident_experts(layer)
         self._pending = layer, [expert for expert in experts if expert not in resident][: AHEAD * tokens]
 

@@ -134,6 +134,16 @@ class Workbench:
             for name, call in originals.items():
                 setattr(ops, name, call)
 
+    @contextmanager
+    def timed_head(self) -> Iterator[dict[str, float]]:
+        """As timed_operations, of the output head as a whole: its seconds under "head"."""
+        model, seconds = self._parts.model, {"head": 0.0}
+        model._logits = _timed(model._logits, "head", seconds)  # type: ignore[method-assign]
+        try:
+            yield seconds
+        finally:
+            del model._logits
+
 
 def _timed(call: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
     def timed(*args: Any, **options: Any) -> Any:

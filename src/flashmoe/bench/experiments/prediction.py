@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -34,7 +34,7 @@ class PreviousToken:
             self._repeated += len(set(experts).intersection(previous))
         self._last[layer], self._layer, self._pending = list(experts), layer, None
 
-    def guess(self, foresight: Foresight | None, tokens: int, added: F32 | None = None) -> None:
+    def guess(self, foresight: Foresight | None, tokens: int, added: Callable[[], F32] | None = None) -> None:
         """The previous token's experts of the next layer that would have to be read.
 
         foresight: None where nothing may be read ahead, otherwise not asked.

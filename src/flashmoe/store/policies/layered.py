@@ -49,7 +49,8 @@ class Layered:
 
     def victim(self, layer: int, keep: frozenset[int] | set[int]) -> tuple[int, int] | None:
         """See Policy."""
-        coming = len(keep | self._resident.get(layer, set()))
+        resident = self._resident.get(layer, set())
+        coming = len(resident) + len(keep - resident)
         if layer in self._layers and coming > max(self._by_size, default=0):
             expert = self._layers[layer].victim(keep)
             if expert is not None:

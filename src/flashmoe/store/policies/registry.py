@@ -65,6 +65,12 @@ class LayerPolicies:
         return Layered(self.layer, self.refresh)
 
 
+def label_of(spec: str) -> str:
+    """A policy's spec with the bare name of its file, for tables and plots."""
+    name, _, file = spec.partition(":")
+    return f"{name}:{Path(file).name}" if file else name
+
+
 def policy_maker(spec: str, geometry: Geometry) -> Callable[[], LayerPolicies]:
     """Policies with no history, as often as called.
 
