@@ -66,6 +66,40 @@ def test_blocks_are_taken_over_without_loss(
         assert np.allclose(found, expected.reshape(-1) + np.float32(centred), rtol=1e-6, atol=1e-7), name
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "BF16"])
+def test_attention_and_experts_fused_into_one_tensor(
+    tmp_path: Path, forms: Any, model: Any, gguf_forms: Any, kind: str
+) -> None:
+    """attn_qkv means another thing in layers of linear attention; both are in this model."""
+    made = []
+    for name in ("apart", "fused"):
+        file = tmp_path / f"{name}.gguf"
+        gguf_forms.qwen35moe(file, forms.config, model.vectors, model.matrices, kind, fused=name == "fused")
+        report = convert(file, tmp_path / name)
+        assert report.unknown == []
+        made.append(report.path)
+    files = [Path("resident.safetensors"), *(Path("experts") / f"layer-00{i}.bin" for i in range(2))]
+    for file in files:
+        assert (made[0] / file).read_bytes() == (made[1] / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("rows", [64, 63, 1])
+def test_a_fused_tensor_without_room_is_refused(
+    tmp_path: Path, forms: Any, model: Any, gguf_forms: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    joined = gguf_forms.joined
+
+    def cut(tensors: Any) -> Any:
+        out = joined(tensors)
+        values, kind = out["blk.1.attn_qkv.weight"]
+        return out | {"blk.1.attn_qkv.weight": (values[:rows], kind)}
+
+    monkeypatch.setattr(gguf_forms, "joined", cut)
+    gguf_forms.qwen35moe(tmp_path / "m.gguf", forms.config, model.vectors, model.matrices, "Q8_0", fused=True)
+    with pytest.raises(CheckpointError, match=r"attn_qkv.*no queries beside"):
+        convert(tmp_path / "m.gguf", tmp_path / "bundle")
+
+
 def test_the_files_beside_the_weights(tmp_path: Path, forms: Any, model: Any, gguf_forms: Any) -> None:
     write(tmp_path / "m.gguf", forms, model, gguf_forms)
     path = convert(tmp_path / "m.gguf", tmp_path / "bundle").path

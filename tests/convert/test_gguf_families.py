@@ -53,12 +53,22 @@ FAMILIES: list[Case] = [
     ("gpt_oss_mxfp4", "gpt-oss", [0, 1], unchanged),
     ("deepseek_f32", "deepseek2", [0, 1], equal_scales),
 ]
+DENSE_HYBRID: Case = ("family_qwen3_5", "qwen35", [0, 1], unchanged)
 IDS = [f"{fixture}-{architecture}" for fixture, architecture, *_ in FAMILIES]
 
 
 def both_bundles(tmp_path: Path, families: Any, forms: Any, quantized: Any, case: Case) -> tuple[Path, Path]:
     """The bundle of a fixture, with its configuration changed, and that of the same model as a GGUF file."""
-    fixture, architecture, layers, change = case
+    config, tensors, source = model_of(tmp_path, families, quantized, case)
+    file = families.write(tmp_path / "m.gguf", case[1], config, tensors, forms)
+    reports = convert(source, tmp_path / "hf"), convert(file, tmp_path / "gguf")
+    assert reports[1].unknown == []
+    return reports[0].path, reports[1].path
+
+
+def model_of(tmp_path: Path, families: Any, quantized: Any, case: Case) -> tuple[Config, Any, Path]:
+    """Configuration and tensors of a fixture, changed, and the checkpoint of that."""
+    fixture, _, layers, change = case
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / fixture, source)
     config = change(json.loads((source / "config.json").read_text()))
@@ -70,10 +80,18 @@ def both_bundles(tmp_path: Path, families: Any, forms: Any, quantized: Any, case
             file.unlink()
         stored = {name: quantized.stored(values, "F32") for name, values in tensors.items()}
         quantized.write_safetensors(source / "model.safetensors", stored)
-    file = families.write(tmp_path / "m.gguf", architecture, config, tensors, forms)
-    reports = convert(source, tmp_path / "hf"), convert(file, tmp_path / "gguf")
-    assert reports[1].unknown == []
-    return reports[0].path, reports[1].path
+    return config, tensors, source
+
+
+def weights(bundle: Path) -> dict[str, bytes]:
+    """The files of weights by name."""
+    found = {
+        str(path.relative_to(bundle)): path.read_bytes()
+        for path in sorted(bundle.rglob("*"))
+        if path.suffix in (".safetensors", ".bin")
+    }
+    assert found
+    return found
 
 
 def logits(bundle: Path) -> Any:
@@ -88,15 +106,27 @@ def test_gguf_and_safetensors_give_one_bundle(
 ) -> None:
     """The weights byte for byte, and the logits bit for bit: the two configurations mean the same model."""
     first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
-    files = [
-        path.relative_to(first)
-        for path in sorted(first.rglob("*"))
-        if path.suffix in (".safetensors", ".bin")
-    ]
-    assert files
-    for file in files:
-        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    assert weights(first) == weights(second)
     assert np.array_equal(logits(first), logits(second))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+@pytest.mark.parametrize("case", [*FAMILIES, DENSE_HYBRID], ids=[*IDS, "family_qwen3_5-qwen35"])
+def test_tensors_fused_into_one_give_the_same_bundle(
+    tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, case: Case, kind: str
+) -> None:
+    """--fuse-qkv (biases too) and --fuse-gate-up-exps: codes are taken over from rows of the whole."""
+    config, tensors, _ = model_of(tmp_path, gguf_families, quantized_forms, case)
+    paths = []
+    for name in ("apart", "fused"):
+        file = gguf_families.write(
+            tmp_path / f"{name}.gguf", case[1], config, tensors, gguf_forms, block=kind, fused=name == "fused"
+        )
+        report = convert(file, tmp_path / name)
+        assert report.unknown == []
+        paths.append(report.path)
+    assert weights(paths[0]) == weights(paths[1])
+    assert (paths[0] / "config.json").read_bytes() == (paths[1] / "config.json").read_bytes()
 
 
 def test_mxfp4_keeps_its_table(
@@ -131,7 +161,6 @@ def test_keys_and_values_in_one_matrix(
 
 def test_dense_qwen3_5(tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any) -> None:
     """log(exp(x)) and 1 + w are rounded once more, and columns of heads of 16 leave their group of 32."""
-    case = "family_qwen3_5", "qwen35", [0, 1], unchanged
-    first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
+    first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, DENSE_HYBRID)
     wanted, found = logits(first), logits(second)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()

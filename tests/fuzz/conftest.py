@@ -164,10 +164,12 @@ def gguf_family(
         source, path = GOLDEN / form, folder / form / "source"
         path.mkdir(parents=True)
         config = json.loads((source / "config.json").read_text())
-        gguf_families.write(path / "m.gguf", architecture, config, gguf_families.read(source), gguf_forms)
+        tensors, fused = gguf_families.read(source), architecture == "olmoe"
+        gguf_families.write(path / "m.gguf", architecture, config, tensors, gguf_forms, fused=fused)
         return path
 
-    return lambda form: make(form, {"gpt_oss_mxfp4": "gpt-oss", "deepseek_f32": "deepseek2"}[form])
+    architectures = {"gpt_oss_mxfp4": "gpt-oss", "deepseek_f32": "deepseek2", "family_olmoe": "olmoe"}
+    return lambda form: make(form, architectures[form])
 
 
 @pytest.fixture(scope="session")

@@ -350,13 +350,13 @@ def test_blocks_of_a_gguf_file(gguf_model: Path, contained: Contained, data: st.
         use_checkpoint(contained, files.path)
 
 
-@pytest.mark.parametrize("form", ["gpt_oss_mxfp4", "deepseek_f32"])
+@pytest.mark.parametrize("form", ["gpt_oss_mxfp4", "deepseek_f32", "family_olmoe"])
 @budget(30)
 @given(data=st.data())
 def test_header_of_a_gguf_file_of_other_families(
     gguf_family: Callable[[str], Path], contained: Contained, form: str, data: st.DataObject
 ) -> None:
-    """Blocks of MXFP4 and biases of experts; keys and values apart."""
+    """Blocks of MXFP4 and biases of experts; keys and values apart; tensors fused into one."""
     with Files(gguf_family(form)) as files:
         change_gguf_header(files.path / "m.gguf", data)
         use_checkpoint(contained, files.path)

@@ -233,8 +233,20 @@ NUMBERS: dict[str, Callable[[Config], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write(path: Path, architecture: str, config: Config, tensors: Tensors, forms: Any) -> Path:
-    """Matrices in bf16, vectors and routers in float32, as the converter has them."""
+def write(
+    path: Path,
+    architecture: str,
+    config: Config,
+    tensors: Tensors,
+    forms: Any,
+    *,
+    block: str = "BF16",
+    fused: bool = False,
+) -> Path:
+    """Matrices in ``block`` where rows are whole blocks, vectors and routers in float32, as the converter has them.
+
+    fused: as gguf_forms.joined(), but for the experts of gpt-oss, which llama.cpp has no such form of.
+    """
     kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     out = {}
@@ -243,7 +255,10 @@ def write(path: Path, architecture: str, config: Config, tensors: Tensors, forms
         known = names.get_name(spelled, try_suffixes=(".weight", ".bias"))
         assert known is not None, name
         small = values.ndim == 1 or "ffn_gate_inp" in known or "conv1d" in known or known.endswith("bias")
-        out[known] = values, "MXFP4" if values.dtype == np.uint8 else "F32" if small else "BF16"
+        usual = block if values.shape[-1] % 32 == 0 else "BF16"
+        out[known] = values, "MXFP4" if values.dtype == np.uint8 else "F32" if small else usual
     extra = NUMBERS[architecture](config) if architecture in NUMBERS else {}
+    if fused:
+        out = forms.joined(out, experts=architecture != "gpt-oss")
     written: Path = forms.write(path, architecture, numbers(config) | extra, out)
     return written

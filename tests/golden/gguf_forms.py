@@ -59,6 +59,27 @@ def add_bytes_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
+def joined(tensors: Mapping[str, tuple[Array, str]], experts: bool = True) -> dict[str, tuple[Array, str]]:
+    """As --fuse-qkv has it, rows one below the other, and with ``experts`` --fuse-gate-up-exps, within each expert."""
+    out = dict(tensors)
+    for name in tensors:
+        block, _, part = name.rpartition(".attn_q.")
+        if block and name in out:
+            names = [f"{block}.attn_{letter}.{part}" for letter in "qkv"]
+            out[f"{block}.attn_qkv.{part}"] = _one(out, names, 0)
+        block, _, part = name.rpartition(".ffn_gate_exps.")
+        if block and experts:
+            names = [f"{block}.ffn_{which}_exps.{part}" for which in ("gate", "up")]
+            out[f"{block}.ffn_gate_up_exps.{part}"] = _one(out, names, 1)
+    return out
+
+
+def _one(tensors: dict[str, tuple[Array, str]], names: list[str], axis: int) -> tuple[Array, str]:
+    taken = [tensors.pop(name) for name in names]
+    (kind,) = {kind for _, kind in taken}
+    return np.concatenate([values for values, _ in taken], axis), kind
+
+
 def stored(values: Array, kind: str) -> Array:
     """What comes back of values that are stored as ``kind``."""
     if kind == "F32":
@@ -113,8 +134,13 @@ def qwen35moe(
     vectors: Mapping[str, Array],
     matrices: Mapping[str, Array],
     kind: str,
+    *,
+    fused: bool = False,
 ) -> dict[str, Array]:
-    """Write a Qwen3.5 model; returns what each matrix must come back as, in the model's own order."""
+    """Write a Qwen3.5 model; returns what each matrix must come back as, in the model's own order.
+
+    fused: as joined() has it.
+    """
     keys, heads, size = (
         config[f"linear_{n}"] for n in ("num_key_heads", "num_value_heads", "value_head_dim")
     )
@@ -164,7 +190,7 @@ def qwen35moe(
         "ssm.group_count": keys, "ssm.time_step_rank": heads, "ssm.inner_size": heads * size,
         "full_attention_interval": 2,
     }  # fmt: skip
-    write(path, "qwen35moe", numbers, tensors)
+    write(path, "qwen35moe", numbers, joined(tensors) if fused else tensors)
     return truth
 
 

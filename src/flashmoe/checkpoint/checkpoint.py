@@ -62,7 +62,9 @@ class Checkpoint:
         self.headers = dict(headers)  # shard file name -> header, in file order
         self.tensors: dict[str, TensorRef] = {}
         self.skipped: list[Skipped] = []
-        self._gguf = GgufView(config) if any(name.endswith(".gguf") for name in self.headers) else None
+        self._gguf: GgufView | None = None
+        if any(name.endswith(".gguf") for name in self.headers):
+            self._gguf = GgufView(config, [name for header in headers.values() for name in header.tensors])
         self._collect()
         self.kind: Literal["hf", "mlx", "gguf"] = "gguf" if self._gguf else self._detect_kind()
         quantization = read_quantization(config, lambda key: canonical_name(key)[0])
@@ -152,13 +154,12 @@ class Checkpoint:
                 name, prefix = (self._gguf.canonical if self._gguf else canonical_name)(entry.name)
                 if prefix is not None:
                     skipped.setdefault(prefix, []).append(entry.nbytes)
-                elif name in self.tensors:
-                    other = self.tensors[name]
-                    raise CheckpointError(
-                        f"{self.path / shard}: tensor {entry.name!r} is also {other.where}: keep one"
-                    )
-                else:
-                    self.tensors[name] = TensorRef(entry, self.path / shard)
+                    continue
+                ref = TensorRef(entry, self.path / shard)
+                for part, part_ref in self._gguf.parts(name, ref) if self._gguf else [(name, ref)]:
+                    if part in self.tensors:
+                        raise CheckpointError(f"{ref.where} is also {self.tensors[part].where}: keep one")
+                    self.tensors[part] = part_ref
         self.skipped = [Skipped(prefix, len(sizes), sum(sizes)) for prefix, sizes in sorted(skipped.items())]
 
     def _detect_kind(self) -> Literal["hf", "mlx"]:

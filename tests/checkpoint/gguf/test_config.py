@@ -155,11 +155,25 @@ def test_qwen3_next_has_gates_of_a_key_head_side_by_side() -> None:
         ("qwen3_5_moe_text", "blk.0.ssm_a", "layers.0.linear_attn.A_log"),
         ("qwen3_5_moe_text", "blk.0.something.weight", "layers.0.something.weight"),
         ("qwen3_5_moe_text", "other", "other"),
+        ("qwen3_5_moe_text", "blk.0.attn_qkv.weight", "layers.0.linear_attn.in_proj_qkv.weight"),
+        ("qwen3", "blk.0.attn_qkv.weight", "layers.0.self_attn.qkv_proj.weight"),
+        (
+            "qwen3",
+            "blk.\u00b2.attn_q.weight",
+            "layers.\u00b2.self_attn.q_proj.weight",
+        ),  # a digit, and no number
     ],
 )
 def test_names(model_type: str, original: str, canonical: str) -> None:
     assert Names(model_type, 2).canonical(original) == (canonical, None)
     assert Names(model_type, 2).canonical("blk.2.nextn.eh_proj.weight")[1] == "blk.2."
+
+
+def test_names_of_joined_experts() -> None:
+    names = Names("qwen3_5_moe_text", 8, 4, frozenset("3"))
+    assert names.canonical("blk.3.ffn_down_exps.weight")[0] == "layers.3.mlp.experts.down_proj.weight"
+    assert names.canonical("blk.2.ffn_down_exps.weight")[0] == "layers.2.mlp.switch_mlp.down_proj.weight"
+    assert names.canonical("blk.3.attn_qkv.weight")[0] == "layers.3.self_attn.qkv_proj.weight"
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "bert", "phimoe"])

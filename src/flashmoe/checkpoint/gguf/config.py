@@ -82,7 +82,7 @@ def _common(meta: Metadata) -> Table:
         "rope_theta": meta.get("rope.freq_base", 10000.0),
         "max_position_embeddings": meta.get("context_length"),
         "tie_word_embeddings": "output.weight" not in meta.tensors,
-        "attention_bias": meta.has_tensor("attn_q.bias"),
+        "attention_bias": meta.has_tensor("attn_q.bias") or meta.has_tensor("attn_qkv.bias"),
     }
     return table | _token_ids(meta) | _rope_scaling(meta, head_dim)
 

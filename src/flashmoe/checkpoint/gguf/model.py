@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.checkpoint.gguf.config import Metadata, config_of
+from flashmoe.checkpoint.gguf.fused import layers_of_joined_experts, parts
 from flashmoe.checkpoint.gguf.header import GgufHeader, read_gguf
 from flashmoe.checkpoint.gguf.names import Names, Orders
 from flashmoe.checkpoint.gguf.tokenizer import tokenizer_files
@@ -89,15 +90,26 @@ def open_gguf(files: list[Path]) -> GgufModel:
 class GgufView:
     """The tensors of GGUF files as the model's: names, orders, changed values."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        """``config`` is that of open_gguf()."""
-        self._names = Names(str(config.get("model_type")), int(config.get("num_hidden_layers", 0)))
+    def __init__(self, config: Mapping[str, Any], originals: Iterable[str]) -> None:
+        """``config`` is that of open_gguf(); ``originals``: the tensors of all files by their names there."""
+        self._config = config
+        interval = config.get("full_attention_interval")
+        self._names = Names(
+            str(config.get("model_type")),
+            int(config.get("num_hidden_layers", 0)),
+            interval if type(interval) is int and interval > 0 else 4,
+            layers_of_joined_experts(originals),
+        )
         self._orders = Orders(config)
         self.canonical, self.vector, self.source = (
             self._names.canonical,
             self._orders.vector,
             self._orders.source,
         )
+
+    def parts(self, name: str, ref: TensorRef) -> list[tuple[str, TensorRef]]:
+        """The tensors of the model in the one of canonical name ``name``; raises CheckpointError."""
+        return parts(self._config, name, ref)
 
     def matrix(self, tensors: Tensors, module: str, rows: int, cols: int) -> Matrix:
         """The matrix of ``module``, rows and columns as the model has them; raises like Tensors.matrix."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe.checkpoint.dtypes import F32
+from flashmoe.checkpoint.gguf.fused import GATE_UP, QKV
 from flashmoe.checkpoint.reordered import Order
 
 _TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -45,7 +46,7 @@ _LAYER = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_qkv": QKV,
     "attn_gate": "linear_attn.in_proj_z",
     "ssm_alpha": "linear_attn.in_proj_a",
     "ssm_beta": "linear_attn.in_proj_b",
@@ -54,6 +55,9 @@ _LAYER = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
+_RECURRENT_QKV = "linear_attn.in_proj_qkv"
+# Where gate and up of all experts are one tensor, Hugging Face's names: those of its form with such a tensor.
+_JOINED = {GATE_UP: "mlp.experts.gate_up_proj", "ffn_down_exps": "mlp.experts.down_proj"}
 _WHOLE = {
     "ssm_a": "linear_attn.A_log",
     "ssm_dt.bias": "linear_attn.dt_bias",
@@ -74,10 +78,16 @@ _EXPERT_NAMES = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}  # Mixtral'
 
 @dataclass(frozen=True)
 class Names:
-    """``layers``: blocks from there on predict further tokens and are skipped."""
+    """``layers``: blocks from there on predict further tokens and are skipped.
+
+    ``attention_interval``: of so many layers of a hybrid the last has attention.  ``joined``: numbers of the layers
+    with gate and up of all experts in one tensor.
+    """
 
     model_type: str
     layers: int
+    attention_interval: int = 4
+    joined: frozenset[str] = frozenset()
 
     def canonical(self, original: str) -> tuple[str, str | None]:
         """The name that models ask for, and the prefix under which the tensor is skipped, if it is."""
@@ -87,11 +97,11 @@ class Names:
         if not original.startswith("blk."):
             return (f"{_TOP[stem]}.{end}", None) if stem in _TOP else (original, None)
         _, number, name = (*original.split(".", 2), "")[:3]
-        if number.isdigit() and int(number) >= self.layers:
+        if number.isdecimal() and int(number) >= self.layers:
             return original, f"blk.{int(number)}."
-        return f"layers.{number}.{self._within(name)}", None
+        return f"layers.{number}.{self._within(number, name)}", None
 
-    def _within(self, name: str) -> str:
+    def _within(self, number: str, name: str) -> str:
         """The name within its layer; what is not known keeps its own."""
         if name in _WHOLE:
             return _WHOLE[name]
@@ -99,13 +109,22 @@ class Names:
         part, _, expert = stem.partition(".")
         if self.model_type == "mixtral" and part in _EXPERT_NAMES and expert:
             return f"block_sparse_moe.experts.{expert}.{_EXPERT_NAMES[part]}.{end}"
-        if stem not in _LAYER:
+        module = self._module(number, stem)
+        if module is None:
             return name
-        known = f"{_LAYER[stem]}.{end}"
+        known = f"{module}.{end}"
         for usual, own in _OWN.get(self.model_type, {}).items():
             if known.startswith(usual):
                 return own + known[len(usual) :]
         return known
+
+    def _module(self, number: str, stem: str) -> str | None:
+        if stem in _JOINED and number in self.joined and self.model_type != "gpt_oss":  # whose own are turned
+            return _JOINED[stem]
+        module = _LAYER.get(stem)
+        if module == QKV and self.model_type in _HYBRIDS and number.isdecimal():
+            return module if (int(number) + 1) % self.attention_interval == 0 else _RECURRENT_QKV
+        return module
 
 
 class Orders:
