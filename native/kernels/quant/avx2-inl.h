@@ -36,6 +36,10 @@ FLASHMOE_INLINE I32x16 i32_zero() { return {{_mm256_setzero_si256(), _mm256_setz
 FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) {
   return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
 }
+FLASHMOE_INLINE I32x16 i32_sixteenth(I32x16 v) {
+  return {{_mm256_srai_epi32(v.half[0], 4), _mm256_srai_epi32(v.half[1], 4)}};
+}
+FLASHMOE_INLINE U8x64 u8_load_once(const uint8_t* p) { return u8_load(p); }
 FLASHMOE_INLINE F32x16 to_f32(I32x16 v) {
   return {_mm256_cvtepi32_ps(v.half[0]), _mm256_cvtepi32_ps(v.half[1])};
 }

@@ -26,6 +26,14 @@ FLASHMOE_INLINE U8x64 u8_shl(U8x64 v, int bits) { return _mm512_slli_epi32(v, st
 FLASHMOE_INLINE U8x64 u8_or(U8x64 a, U8x64 b) { return _mm512_or_si512(a, b); }
 FLASHMOE_INLINE U8x64 u8_lookup(U8x64 table, U8x64 codes) { return _mm512_shuffle_epi8(table, codes); }
 FLASHMOE_INLINE I32x16 i32_zero() { return _mm512_setzero_si512(); }
+// Codes up to 255 in every product (few-inl.h).  The compiler would load them once for each use.
+#define FLASHMOE_WIDE_CODES
+FLASHMOE_INLINE U8x64 u8_load_once(const uint8_t* p) {
+  U8x64 v = u8_load(p);
+  asm("" : "+v"(v));
+  return v;
+}
+FLASHMOE_INLINE I32x16 i32_sixteenth(I32x16 v) { return _mm512_srai_epi32(v, 4); }
 FLASHMOE_INLINE I32x16 i32_add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 // vpdpbusd does not saturate: 8-bit codes need no special care.
 FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {

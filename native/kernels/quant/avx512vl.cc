@@ -17,6 +17,7 @@ using namespace flashmoe::avx2;
 #include "kernels/quant/avx2-inl.h"
 
 // Does not saturate: 8-bit codes need no special care.
+#define FLASHMOE_WIDE_CODES
 FLASHMOE_INLINE I32x16 dot4(I32x16 acc, U8x64 codes, int32_t x4) {
   const __m256i x = _mm256_set1_epi32(x4);
   return {{_mm256_dpbusd_epi32(acc.half[0], codes.half[0], x),

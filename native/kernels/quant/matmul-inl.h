@@ -12,10 +12,9 @@ constexpr int64_t kWriteAhead = 4;    // tokens
 // eight tiles are 0.7 MiB of a second-level cache.  Block by block, all tiles came eight times from the third
 // for 512 tokens, which neighbours on the machine share.
 constexpr int64_t kTokensKept = 4 * kTokenBlock;
-// Bytes ahead, for one token and for more, and how near: into the second-level cache.  Asked for into the
-// first, lines wait for its 24 miss buffers, which at 110 ns a line bring a core 14 GB/s: one token read 15 %
-// less, four tokens an expert took 1.5 times as long.
-constexpr int64_t kPrefetchOne = 9216, kPrefetchMany = 18432;
+// Bytes ahead, and how near: into the second-level cache.  Asked for into the first, lines wait for its 24
+// miss buffers, which at 110 ns a line bring a core 14 GB/s: four tokens an expert took 1.5 times as long.
+constexpr int64_t kPrefetchMany = 18432;
 constexpr int kSecondLevel = 2;  // __builtin_prefetch's locality
 
 // The tokens of one pass.
@@ -169,37 +168,45 @@ FLASHMOE_INLINE Ahead ahead_of(const TileMatrix& w, int64_t tile_end) {
   return {end, w.after != nullptr ? w.after - end : 0};
 }
 
-// The tile at an address; the one `far` bytes behind it is asked for.
-FLASHMOE_INLINE Tile tile_at(const uint8_t* at, const TileShape& shape, const Ahead& ahead, int64_t far) {
-  const uint8_t* target = at + far;
-  if (target >= ahead.end) target += ahead.skip;
-  for (int64_t i = 0; i < shape.payload + 64; i += 64) __builtin_prefetch(target + i, 0, kSecondLevel);
+FLASHMOE_INLINE void prefetch_tile(const uint8_t* at, const TileShape& shape) {
+  for (int64_t i = 0; i < shape.payload + 64; i += 64) __builtin_prefetch(at + i, 0, kSecondLevel);
+}
+
+FLASHMOE_INLINE Tile tile_at(const uint8_t* at, const TileShape& shape) {
   return {at, load_scales(at + shape.payload, shape.f16),
           load_scales(at + shape.payload + 2 * kTileRows, shape.f16)};
 }
 
+// The tile at an address; the one `far` bytes behind it is asked for.
+FLASHMOE_INLINE Tile tile_and_ahead(const uint8_t* at, const TileShape& shape, const Ahead& ahead,
+                                    int64_t far) {
+  const uint8_t* target = at + far;
+  prefetch_tile(target < ahead.end ? target : target + ahead.skip, shape);
+  return tile_at(at, shape);
+}
+
 // `tiles` (1 or 2) row tiles times a block of tokens; acc: [tiles, kTokenBlock, 16].
-FLASHMOE_INLINE void tiles_times_tokens(const uint8_t* const* tile, int tiles, int64_t stride, int64_t groups,
-                                        const Ahead& ahead, const TileShape& shape, const TokenBlock& block,
-                                        float* acc) {
+FLASHMOE_INLINE void tiles_times_tokens(const TileShape& shape, const uint8_t* const* tile, int tiles,
+                                        int64_t stride, int64_t groups, const Ahead& ahead,
+                                        const TokenBlock& block, float* acc) {
   for (int p = 0; p < tiles; ++p) {
     for (int64_t t = 0; t < block.count; ++t) store(acc + (p * kTokenBlock + t) * kTileRows, zero());
   }
   // Two row tiles are two streams: behind the end of one's groups begins what the other has just read.
   const bool apart = tiles == 2 && tile[1] - tile[0] >= groups * stride;
-  const int64_t distance = (block.count == 1 ? kPrefetchOne : kPrefetchMany) / stride;
+  const int64_t distance = kPrefetchMany / stride;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t far = (apart && g + distance >= groups ? distance + groups : distance) * stride;
 #if defined(FLASHMOE_PAIRED_TILES)
     if (tiles == 2 && block.count > 1 && block.x->rows.codes != nullptr) {
-      const Tile both[2] = {tile_at(tile[0] + g * stride, shape, ahead, far),
-                            tile_at(tile[1] + g * stride, shape, ahead, far)};
+      const Tile both[2] = {tile_and_ahead(tile[0] + g * stride, shape, ahead, far),
+                            tile_and_ahead(tile[1] + g * stride, shape, ahead, far)};
       add_pair_int8(both, shape, block, groups, g, acc);
       continue;
     }
 #endif
     for (int p = 0; p < tiles; ++p) {
-      const Tile now = tile_at(tile[p] + g * stride, shape, ahead, far);
+      const Tile now = tile_and_ahead(tile[p] + g * stride, shape, ahead, far);
       float* sums = acc + p * kTokenBlock * kTileRows;
       if (block.x->rows.codes != nullptr) {
         add_group_int8(now, shape, block, groups, g, sums);
@@ -217,16 +224,37 @@ __attribute__((noinline)) void multiply_table_block(const TileMatrix& w, const T
                                                     const TokenBlock& block, float* acc) {
   if (of.group == 64) {
     const TileShape shape{4, 64, of.payload, of.f16, of.table};
-    return tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
+    return tiles_times_tokens(shape, tile, tiles, w.tile_stride, w.groups, ahead, block, acc);
   }
   const TileShape shape{4, 32, of.payload, of.f16, of.table};
-  tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
+  tiles_times_tokens(shape, tile, tiles, w.tile_stride, w.groups, ahead, block, acc);
 }
 #endif
+
+// Calls `function` with what is left of its arguments after the shape, a constant one for each codec.
+#define FLASHMOE_FOR_SHAPE(function, ...)         \
+  FLASHMOE_SHAPE_OF(4, 64, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(4, 32, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(8, 64, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(8, 32, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(6, 64, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(6, 32, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(3, 64, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(3, 32, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(2, 64, function, __VA_ARGS__) \
+  FLASHMOE_SHAPE_OF(2, 32, function, __VA_ARGS__)
+#define FLASHMOE_SHAPE_OF(b, g, function, ...)                                 \
+  if (kSpecialised && w.bits == b && w.group == g) {                           \
+    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales, nullptr}; \
+    return function(shape, __VA_ARGS__);                                       \
+  }
+
+#include "kernels/quant/few-inl.h"
 
 // Constant bits and group let the compiler unroll the unpacking and keep the codes in registers.
 __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
                                               const Ahead& ahead, const TokenBlock& block, float* acc) {
+  if (few(w, block)) return multiply_few(w, tile, tiles, ahead, block, acc);
   alignas(64) uint8_t table[kTableNbytes];
 #if !defined(FLASHMOE_SANITIZED)
   if (kSpecialised && w.has_table) {
@@ -234,26 +262,11 @@ __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t
     const TileShape shape{4, w.group, kTileRows * w.group / 2, w.f16_scales, table};
     return multiply_table_block(w, shape, tile, tiles, ahead, block, acc);
   }
-#define FLASHMOE_BLOCK_OF(b, g)                                                                \
-  if (kSpecialised && w.bits == b && w.group == g) {                                           \
-    const TileShape shape{b, g, kTileRows * g * b / 8, w.f16_scales, nullptr};                 \
-    return tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc); \
-  }
-  FLASHMOE_BLOCK_OF(4, 64)
-  FLASHMOE_BLOCK_OF(4, 32)
-  FLASHMOE_BLOCK_OF(8, 64)
-  FLASHMOE_BLOCK_OF(8, 32)
-  FLASHMOE_BLOCK_OF(6, 64)
-  FLASHMOE_BLOCK_OF(6, 32)
-  FLASHMOE_BLOCK_OF(3, 64)
-  FLASHMOE_BLOCK_OF(3, 32)
-  FLASHMOE_BLOCK_OF(2, 64)
-  FLASHMOE_BLOCK_OF(2, 32)
-#undef FLASHMOE_BLOCK_OF
+  FLASHMOE_FOR_SHAPE(tiles_times_tokens, tile, tiles, w.tile_stride, w.groups, ahead, block, acc)
   if (kSpecialised) return;  // those are all codecs: the lines below would unroll every branch of each
 #endif
   const TileShape shape = tile_shape(w, table);
-  tiles_times_tokens(tile, tiles, w.tile_stride, w.groups, ahead, shape, block, acc);
+  tiles_times_tokens(shape, tile, tiles, w.tile_stride, w.groups, ahead, block, acc);
 }
 
 FLASHMOE_INLINE int64_t rows_of(const TileMatrix& w, int64_t rt) {

@@ -7,6 +7,9 @@
 //   constexpr int kTogether, tokens whose sums fit the registers beside a group's codes; bool kSpecialised,
 //   one copy of the product for each common codec I32x16 round_i32(F32x16); I32x16 i32_add(a, b); void
 //   store_i8(int8_t*, I32x16)
+// and where the products of dot4 take codes up to 255: FLASHMOE_WIDE_CODES, I32x16 i32_sixteenth(multiples of
+// 16),
+//   U8x64 u8_load_once(p)
 
 namespace {
 

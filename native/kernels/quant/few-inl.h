@@ -1,0 +1,145 @@
+// Tiles times one to three tokens; part of matmul-inl.h.
+//
+// Their sums stay in registers from the first group to the last.  Through memory, as for many tokens, each
+// group waits for the store of the one before: one token took 66 cycles a group where its products and its
+// unpacking need 25, and a core could not read weights faster than 32 GB/s.
+
+constexpr int kFew = 3;
+// Bytes ahead: what one row tile of a down projection of 512 columns has, and twice that.
+constexpr int64_t kGapAhead = 4608, kPrefetchFew = 9216;
+
+// As group_dots, for at most kFew rows.
+FLASHMOE_INLINE void few_dots(const uint8_t* codes, const TileShape& shape, const int8_t* x, int n,
+                              I32x16* d) {
+#if defined(FLASHMOE_WIDE_CODES)
+  if (shape.bits == 4 && shape.table == nullptr) {
+    // The upper four bits are multiplied where they stand, as sixteen times their code: a shift a group, not
+    // one for each 64 bytes.
+    const int chains = n == 1 ? 2 : 1;
+    I32x16 low[2 * kFew], high[2 * kFew];
+    FLASHMOE_UNROLL(6)
+    for (int j = 0; j < n * chains; ++j) low[j] = high[j] = i32_zero();
+    FLASHMOE_UNROLL(8)
+    for (int i = 0; i < shape.group / 8; ++i) {
+      const U8x64 both = u8_load_once(codes + 64 * i);
+      const U8x64 first = u8_and(both, 0x0f), second = u8_and(both, 0xf0);
+      FLASHMOE_UNROLL(3)
+      for (int j = 0; j < n; ++j) {
+        const int at = j * chains + i % chains;
+        low[at] = dot4_at(low[at], first, 8, x + j * shape.group + 8 * i);
+        high[at] = dot4_at(high[at], second, 8, x + j * shape.group + 8 * i + 4);
+      }
+    }
+    FLASHMOE_UNROLL(3)
+    for (int j = 0; j < n; ++j) {
+      const I32x16 l = chains == 1 ? low[j] : i32_add(low[0], low[1]);
+      const I32x16 h = chains == 1 ? high[j] : i32_add(high[0], high[1]);
+      d[j] = i32_add(l, i32_sixteenth(h));
+    }
+    return;
+  }
+#endif
+  group_dots(codes, shape, x, n, d);
+}
+
+// n rows of one group; row j adds to total[j], or all to total[0].
+FLASHMOE_INLINE void add_few(const Tile& tile, const TileShape& shape, const GroupRows& rows, int n,
+                             bool one_token, F32x16* total) {
+  const int8_t* x = rows.codes;
+  const uint8_t* codes = tile.codes;
+  // Keeps the unpacking of one row and of two apart: made before the branch for both, it filled the
+  // scheduler, and the next group waited for this one's sums.
+  asm volatile("" : "+r"(x), "+r"(codes));
+  I32x16 d[kFew];
+  few_dots(codes, shape, x, n, d);
+  FLASHMOE_UNROLL(3)
+  for (int j = 0; j < n; ++j) {
+    F32x16& sum = total[one_token ? 0 : j];
+    sum = fma(to_f32(d[j]), mul(tile.scales, set1(rows.scale[j])), sum);
+    sum = fma(tile.biases, set1(rows.sum[j]), sum);
+  }
+}
+
+// The low planes of a group with several tokens; few groups have one, and their order is known at run time
+// only.
+FLASHMOE_INLINE void add_low_rows(const Tile& tile, const TileShape& shape, const GroupRows& rows, int n,
+                                  F32x16* total) {
+  alignas(64) float sums[kFew * kTileRows];
+  for (int t = 0; t < n; ++t) store(sums + t * kTileRows, total[t]);
+  for (int64_t r = n; r < rows.count; ++r) add_rows(tile, shape, rows, r, 1, sums);
+  for (int t = 0; t < n; ++t) total[t] = load(sums + t * kTileRows);
+}
+
+// The tile at an address.  For one token the processor itself runs ahead of a stream that it need not wait
+// for: asking for each tile took a third of 65 GB/s.  Only where a call's tiles end and its thread's next
+// ones begin elsewhere it is told.  Two tokens are slow enough to be waited for: without asking they read 19
+// GB/s instead of 25.
+FLASHMOE_INLINE Tile tile_for_few(const uint8_t* at, const TileShape& shape, const Ahead& ahead, int n) {
+  if (n > 1) return tile_and_ahead(at, shape, ahead, kPrefetchFew);
+  const uint8_t* target = at + kGapAhead;
+  if (target >= ahead.end && ahead.skip != 0) prefetch_tile(target + ahead.skip, shape);
+  return tile_at(at, shape);
+}
+
+// n tokens (block.count) and `tiles` row tiles, both constant.
+FLASHMOE_INLINE void tiles_times_n(const uint8_t* const* tile, int tiles, int n, int64_t stride,
+                                   int64_t groups, const Ahead& ahead, const TileShape& shape,
+                                   const TokenBlock& block, float* acc) {
+  F32x16 total[2][kFew];
+  FLASHMOE_UNROLL(2)
+  for (int p = 0; p < tiles; ++p) {
+    FLASHMOE_UNROLL(3)
+    for (int t = 0; t < n; ++t) total[p][t] = zero();
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const GroupRows rows = group_rows(block, shape, groups, g);
+    FLASHMOE_UNROLL(2)
+    for (int p = 0; p < tiles; ++p) {
+      const Tile now = tile_for_few(tile[p] + g * stride, shape, ahead, n);
+      if (n == 1 && rows.count == 2) {
+        add_few(now, shape, rows, 2, true, total[p]);
+        continue;
+      }
+      add_few(now, shape, rows, n, false, total[p]);
+      if (n > 1 && rows.count > n) add_low_rows(now, shape, rows, n, total[p]);
+    }
+  }
+  FLASHMOE_UNROLL(2)
+  for (int p = 0; p < tiles; ++p) {
+    FLASHMOE_UNROLL(3)
+    for (int t = 0; t < n; ++t) store(acc + (p * kTokenBlock + t) * kTileRows, total[p][t]);
+  }
+}
+
+FLASHMOE_INLINE void tiles_times_few(const TileShape& shape, const uint8_t* const* tile, int tiles,
+                                     int64_t stride, int64_t groups, const Ahead& ahead,
+                                     const TokenBlock& block, float* acc) {
+#define FLASHMOE_FEW(t, n)                                                      \
+  if (tiles == t && block.count == n) {                                         \
+    return tiles_times_n(tile, t, n, stride, groups, ahead, shape, block, acc); \
+  }
+  FLASHMOE_FEW(1, 1)
+  FLASHMOE_FEW(2, 1)
+  FLASHMOE_FEW(1, 2)
+  FLASHMOE_FEW(2, 2)
+  FLASHMOE_FEW(1, 3)
+  FLASHMOE_FEW(2, 3)
+#undef FLASHMOE_FEW
+}
+
+// Whether multiply_few takes it.  With all low planes several tokens are many rows.
+FLASHMOE_INLINE bool few(const TileMatrix& w, const TokenBlock& block) {
+  const bool rows = block.count == 1 || (block.count <= kFew && !block.x->precise);
+  return kSpecialised && rows && !w.has_table && block.x->rows.codes != nullptr;
+}
+
+// A function of its own: beside the loops for many tokens the compiler made those 5 % slower.
+__attribute__((noinline)) void multiply_few(const TileMatrix& w, const uint8_t* const* tile, int tiles,
+                                            const Ahead& ahead, const TokenBlock& block, float* acc) {
+#if defined(FLASHMOE_SANITIZED)
+  alignas(64) uint8_t table[kTableNbytes];
+  tiles_times_few(tile_shape(w, table), tile, tiles, w.tile_stride, w.groups, ahead, block, acc);
+#else
+  FLASHMOE_FOR_SHAPE(tiles_times_few, tile, tiles, w.tile_stride, w.groups, ahead, block, acc)
+#endif
+}
