@@ -53,7 +53,8 @@ real: $(VENV)/.installed $(SMOLLM2)
 structured: $(VENV)/.installed
 	$(PY) -m pytest -q tests/schemas
 
-# A hundred times the examples of `make test`, some twenty minutes; FUZZ="-k manifest" takes one of them.
+# A hundred times the examples of `make test`: one to two hours on one thread, reckoned from the tests that docs/experiments.md
+# lists; FUZZ="-k manifest" takes one of them.
 fuzz: $(VENV)/.installed
 	$(PY) -m pytest tests/fuzz --hypothesis-profile=fuzz $(FUZZ)
 
