@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.errors import ConfigError, TraceError
 from flashmoe.learning.train import train
 from flashmoe.store.policies.learned_file import save_learned
-from flashmoe.store.policies.registry import Geometry
+from flashmoe.store.policies.registry import Geometry, chosen
 from flashmoe.store.trace import DECODE, PREFILL, Trace, read_trace
 
 TOKENS, LAYERS, EACH = 30, 30, 5  # of the demo model; slots for each layer
@@ -51,6 +52,47 @@ def test_a_run_hits_what_a_replay_of_it_hits(demo_bundle: Path, recorded: Trace,
     material = Material.of(recorded.select(np.arange(TOKENS)))
     outcome = replay(material, policy, Setting(EACH, "shared"), Geometry(recorded.layers, 8))
     assert hits == outcome.hits.sum()
+
+
+def test_a_bundle_runs_with_the_policy_that_it_carries(
+    demo_bundle: Path, recorded: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`cache train --bundle` puts it there, and whoever opens the bundle uses it."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for file in demo_bundle.iterdir():
+        (bundle / file.name).symlink_to(file)
+    assert chosen("auto", bundle) == "duel"
+    assert decode(bundle)[0] == decode(bundle, policy="duel")[0]
+    trace = tmp_path / "t.npz"
+    decode(bundle, 300, record_trace=trace)
+    assert main(["cache", "train", str(trace), "--bundle", str(bundle)]) == 0
+    assert "the bundle runs with it now" in capsys.readouterr().out
+    assert decode(bundle) == decode(bundle, policy=f"learned:{bundle / 'experts.policy'}")
+    assert chosen("auto", bundle) == f"learned:{bundle / 'experts.policy'}"
+    assert chosen("lru", bundle) == "lru"
+    assert main(["inspect", str(bundle)]) == 0
+    assert "experts.policy: used unless --policy says otherwise" in capsys.readouterr().out
+    assert main(["verify", str(bundle)]) == 0
+
+
+@pytest.mark.parametrize("damage", ["another", "torn"])
+def test_a_policy_in_the_bundle_that_does_not_fit_is_told(
+    demo_bundle: Path, recorded: Trace, tmp_path: Path, damage: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for file in demo_bundle.iterdir():
+        (bundle / file.name).symlink_to(file)
+    file = bundle / "experts.policy"
+    save_learned(file, train(dataclasses.replace(recorded, model="another")))
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        TraceError, match=r"experts\.policy: .*; without the file the bundle runs with --policy duel"
+    ):
+        decode(bundle)
+    decode(bundle, 2, policy="lru")
 
 
 def test_a_learned_policy_changes_hits_and_no_bit(demo_bundle: Path, recorded: Trace, tmp_path: Path) -> None:

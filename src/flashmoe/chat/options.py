@@ -9,7 +9,7 @@ from typing import TypedDict
 from flashmoe.bundle.reader import Bundle
 from flashmoe.engine.engine import EngineOptions
 from flashmoe.errors import ConfigError
-from flashmoe.store.policies.registry import DEFAULT as DEFAULT_POLICY
+from flashmoe.store.policies.registry import AUTO as DEFAULT_POLICY
 from flashmoe.types import parse_size
 
 
@@ -36,8 +36,8 @@ class LoadOptions(TypedDict, total=False):
     usage_file: a file that remembers which experts are used, from run to run; at the next start those used most are
     read while nobody waits.  "auto" keeps it in the user's cache directory; "off", as left out, neither reads nor
     writes one.
-    policy: which expert leaves the pool when a slot is needed: "lfu-decay", "lru" and others, or "learned:FILE" of
-    `flashmoe cache train` (docs/policies.md).
+    policy: which expert leaves the pool when a slot is needed: "auto" (the trained one in the bundle, else "duel"),
+    "lru" and others, or "learned:FILE" of `flashmoe cache train` (docs/policies.md).
     record_trace: file that gets what the routers picked, when the model is closed (docs/format.md, section 10).
     """
 

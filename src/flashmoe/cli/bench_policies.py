@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy",
-        default="lru,lfu-decay,learned",
+        default="lru,duel,learned",
         metavar="NAME,NAME",
         help="compared with the first (default: %(default)s); `learned` is trained here, on the trace's train part or "
         "the text's beginning, learned:FILE is a file of `flashmoe cache train`",

@@ -7,14 +7,21 @@ import sys
 from pathlib import Path
 
 from flashmoe.cli import options
+from flashmoe.errors import ConfigError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flashmoe cache`."""
-    parser.usage = "flashmoe cache train TRACE.npz -o FILE [options]"
+    parser.usage = "flashmoe cache train TRACE.npz (--bundle BUNDLE | -o FILE) [options]"
     parser.add_argument("action", choices=("train",), help="what to do")
     parser.add_argument("trace", type=Path, metavar="TRACE.npz", help="of `flashmoe run --record-trace`")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the policy's file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the policy's file (default: kept in BUNDLE, which then runs with it)",
+    )
     parser.add_argument(
         "--kind",
         choices=("forecast", "flashmoe-net", "pairwise"),
@@ -42,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bundle",
         type=Path,
         metavar="BUNDLE",
-        help="the bundle that the policy is for, when it is not the one that was recorded",
+        help="the bundle that the policy is for; with -o, when it is not the one that was recorded",
     )
     options.add_json(parser)
 
@@ -55,11 +62,16 @@ def execute(args: argparse.Namespace) -> int:
     from flashmoe.learning.forecast import ForecastOptions
     from flashmoe.learning.train import train
     from flashmoe.store.policies.learned_file import save_learned
+    from flashmoe.store.policies.registry import IN_BUNDLE
     from flashmoe.store.trace import read_trace
 
+    if args.output is None and args.bundle is None:
+        raise ConfigError("say where the policy goes: --bundle BUNDLE to keep it there, or -o FILE")
+    identity = None if args.bundle is None else _identity(args.bundle)
+    output = args.output or args.bundle / IN_BUNDLE
     trace = part_of(read_trace(args.trace).decoding(), args.part)
-    if args.bundle is not None:
-        trace = replace(trace, model=_identity(args.bundle))
+    if identity is not None:
+        trace = replace(trace, model=identity)
     layers = len(trace.layers)
 
     def progress(layer: int) -> None:
@@ -70,15 +82,18 @@ def execute(args: argparse.Namespace) -> int:
     learned = train(trace, args.kind, horizon=horizon, cold=args.cold, progress=progress)
     if sys.stderr.isatty():
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-    save_learned(args.output, learned)
-    report = {"file": str(args.output), "kind": learned.kind, "model": learned.model} | learned.about
-    report |= {"layers": layers, "experts": learned.experts, "nbytes": args.output.stat().st_size}
+    save_learned(output, learned)
+    report = {"file": str(output), "kind": learned.kind, "model": learned.model} | learned.about
+    report |= {"layers": layers, "experts": learned.experts, "nbytes": output.stat().st_size}
     if args.json:
         options.print_json(report)
     else:
+        use = (
+            "the bundle runs with it now" if args.output is None else f"use it with --policy learned:{output}"
+        )
         print(
-            f"{args.output}: {learned.kind}, {layers} layers of {learned.experts} experts, learned from "
-            f"{report['tokens']} tokens; use it with --policy learned:{args.output}"
+            f"{output}: {learned.kind}, {layers} layers of {learned.experts} experts, learned from "
+            f"{report['tokens']} tokens; {use}"
         )
     return 0
 

@@ -108,6 +108,8 @@ def _plan_facts(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _describe(path: Path, facts: dict[str, Any]) -> str:
+    from flashmoe.store.policies.registry import IN_BUNDLE
+
     attention = facts["attention_layers"]
     rows = [
         (facts["kind"], str(path)),
@@ -130,6 +132,8 @@ def _describe(path: Path, facts: dict[str, Any]) -> str:
     if facts["unknown"]:
         rows.append(("unknown", f"{len(facts['unknown'])}: {', '.join(facts['unknown'][:_SHOWN_UNKNOWN])}"))
     rows.append(("lossless", "yes" if facts["lossless"] else "no"))
+    if (path / IN_BUNDLE).is_file():
+        rows.append(("trained policy", f"{IN_BUNDLE}: used unless --policy says otherwise"))
     if facts["note"]:
         rows.append(("note", facts["note"]))
     return "\n".join(f"{name:<17} {value}" for name, value in rows)

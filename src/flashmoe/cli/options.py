@@ -134,9 +134,10 @@ def add_policy(parser: argparse._ActionsContainer) -> None:
     """--policy and --record-trace, the same wherever a model is run."""
     parser.add_argument(
         "--policy",
-        default="lfu-decay",
+        default="auto",
         metavar="NAME",
-        help="which expert leaves the pool (default: %(default)s); learned:FILE is one of `flashmoe cache train`",
+        help="which expert leaves the pool (default: %(default)s, a trained one in the bundle, else duel); "
+        "learned:FILE is one of `flashmoe cache train`",
     )
     parser.add_argument(
         "--record-trace",

@@ -27,7 +27,7 @@ from flashmoe.kernels.cpu import CpuOps
 from flashmoe.models.decoder import SequenceState
 from flashmoe.nn.weights import F32
 from flashmoe.store.cache import ExpertCache
-from flashmoe.store.policies.registry import DEFAULT as DEFAULT_POLICY
+from flashmoe.store.policies.registry import AUTO as DEFAULT_POLICY
 from flashmoe.store.stats import CacheStats
 
 
@@ -49,7 +49,7 @@ class EngineOptions:
     logit_rows: tokens of one feed() of which the logits are wanted; the memory plan counts them.
     experts_dirs: of a striped bundle, directories that are not where its links lead.
     usage_file: where uses of experts are remembered from run to run, for a warm start: "off", "auto" or a path.
-    policy: which expert leaves when a slot is needed: a name of store/policies/registry.py, or learned:FILE.
+    policy: which expert leaves when a slot is needed: auto, a name of store/policies/registry.py, or learned:FILE.
     record_trace: file that gets what the routers picked (docs/format.md, section 10) when the engine is closed.
     prefill_chunk, expert_slots: fix what the memory plan otherwise chooses; never change a result.
     """

@@ -19,7 +19,7 @@ from flashmoe.engine.experts import StreamedExperts
 from flashmoe.engine.lookahead import MODES as LOOKAHEAD_MODES
 from flashmoe.engine.resident import ResidentWeights, resident_range
 from flashmoe.engine.warming import Warming, usage_path
-from flashmoe.errors import ConfigError
+from flashmoe.errors import ConfigError, TraceError
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.kv_cache import CACHE_DTYPES
 from flashmoe.models.architecture import Architecture
@@ -29,7 +29,7 @@ from flashmoe.models.fit import check_fit
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies.base import Policy
-from flashmoe.store.policies.registry import Geometry, policy_maker
+from flashmoe.store.policies.registry import DEFAULT, Geometry, chosen, policy_maker
 from flashmoe.store.reader import MOST_IN_FLIGHT, NativeReader
 from flashmoe.store.slots import SlotArena
 from flashmoe.store.trace_writer import TraceWriter
@@ -215,7 +215,13 @@ def _policy(bundle: Bundle, config: ModelConfig, options: EngineOptions) -> Poli
     """With no history.  Raises ConfigError or TraceError when it cannot be had, or belongs to another bundle."""
     layers = tuple(layer.layer for layer in bundle.expert_layers)
     geometry = Geometry(layers, config.num_experts, bundle.manifest.experts_identity)
-    return policy_maker(options.policy, geometry)().together()
+    spec = chosen(options.policy, bundle.path)
+    try:
+        return policy_maker(spec, geometry)().together()
+    except TraceError as error:
+        if spec == options.policy:
+            raise
+        raise TraceError(f"{error}; without the file the bundle runs with --policy {DEFAULT}") from error
 
 
 def _recorder(

@@ -9,6 +9,7 @@ from pathlib import Path
 from flashmoe.errors import ConfigError, TraceError
 from flashmoe.store.policies.arc import Arc
 from flashmoe.store.policies.base import LayerPolicy, Policy
+from flashmoe.store.policies.duel import Duel, Score
 from flashmoe.store.policies.flashmoe_net import FlashMoeNet, NetworkWeights
 from flashmoe.store.policies.forecast import Forecast, ForecastWeights
 from flashmoe.store.policies.layered import Layered
@@ -26,7 +27,29 @@ from flashmoe.store.policies.slru import Slru
 from flashmoe.store.policies.static_set import StaticSet
 from flashmoe.store.policies.w_tinylfu import WTinyLfu
 
-SIMPLE: dict[str, Callable[[], LayerPolicy]] = {
+
+@dataclass(frozen=True)
+class LayerPolicies:
+    """One history's policies of all layers, and what refreshes them."""
+
+    layer: Callable[[int], LayerPolicy]
+    refresh: Callable[[], None] | None = None
+
+    def together(self) -> Policy:
+        """As one policy of layers that share a pool."""
+        return Layered(self.layer, self.refresh)
+
+
+def _alike(make: Callable[[], LayerPolicy]) -> Callable[[], LayerPolicies]:
+    return lambda: LayerPolicies(lambda layer: make())
+
+
+def _duelling() -> LayerPolicies:
+    score = Score()
+    return LayerPolicies(lambda layer: Duel(score), score.refresh)
+
+
+_ALIKE: dict[str, Callable[[], LayerPolicy]] = {
     "lru": Lru,
     "lfu": Lfu,
     "lfu-in-cache": lambda: Lfu(in_cache=True),
@@ -40,8 +63,15 @@ SIMPLE: dict[str, Callable[[], LayerPolicy]] = {
     "sieve": Sieve,
     "w-tinylfu": WTinyLfu,
 }
-DEFAULT = "lfu-decay"  # docs/decisions/010
+# Those that need no file.
+SIMPLE: dict[str, Callable[[], LayerPolicies]] = {
+    **{name: _alike(make) for name, make in _ALIKE.items()},
+    "duel": _duelling,
+}
+DEFAULT = "duel"  # without training: docs/decisions/010
 LEARNED, STATIC = "learned", "static"
+AUTO = "auto"
+IN_BUNDLE = "experts.policy"  # the trained policy that a bundle carries
 
 
 @dataclass(frozen=True)
@@ -53,16 +83,12 @@ class Geometry:
     identity: str = ""
 
 
-@dataclass(frozen=True)
-class LayerPolicies:
-    """One history's policies of all layers, and what refreshes them."""
-
-    layer: Callable[[int], LayerPolicy]
-    refresh: Callable[[], None] | None = None
-
-    def together(self) -> Policy:
-        """As one policy of layers that share a pool."""
-        return Layered(self.layer, self.refresh)
+def chosen(spec: str, bundle: Path) -> str:
+    """What `auto` stands for: the trained policy that the bundle's directory carries, or DEFAULT; else spec itself."""
+    if spec != AUTO:
+        return spec
+    file = bundle / IN_BUNDLE
+    return f"{LEARNED}:{file}" if file.exists() else DEFAULT
 
 
 def label_of(spec: str) -> str:
@@ -87,7 +113,7 @@ def policy_maker(spec: str, geometry: Geometry) -> Callable[[], LayerPolicies]:
         raise ConfigError(
             f"unknown --policy {spec!r}: choose one of {', '.join(SIMPLE)}, learned:FILE or static:FILE"
         )
-    return lambda: LayerPolicies(lambda layer: make())
+    return make
 
 
 def learned_maker(
