@@ -236,7 +236,7 @@ def test_too_many_requests(server: Running, client: httpx.Client) -> None:
     with ThreadPoolExecutor(40) as pool:
         codes = list(pool.map(one, range(40)))
     assert set(codes) == {200, 429}
-    assert codes.count(200) >= 12 + 3  # who may wait, and who is answered
+    assert codes.count(200) >= 12  # who may wait, if all come before the scheduler has taken the first
     refused = None
     with ThreadPoolExecutor(40) as pool:
         for answer in pool.map(
