@@ -1,14 +1,20 @@
-// Tiles times one to three tokens; part of matmul-inl.h.
+// Tiles times one token, with AVX-512 up to three; part of matmul-inl.h.
 //
 // Their sums stay in registers from the first group to the last.  Through memory, as for many tokens, each
 // group waits for the store of the one before: one token took 66 cycles a group where its products and its
 // unpacking need 25, and a core could not read weights faster than 32 GB/s.
 
+// Tokens; with half the registers only one has room.
+#if defined(FLASHMOE_PAIRED_TILES)
 constexpr int kFew = 3;
+#else
+constexpr int kFew = 1;
+#endif
+constexpr int kFewRows = kFew < 2 ? 2 : kFew;  // one token has two where its low plane counts
 // Bytes ahead: what one row tile of a down projection of 512 columns has, and twice that.
 constexpr int64_t kGapAhead = 4608, kPrefetchFew = 9216;
 
-// As group_dots, for at most kFew rows.
+// As group_dots, for at most kFewRows rows.
 FLASHMOE_INLINE void few_dots(const uint8_t* codes, const TileShape& shape, const int8_t* x, int n,
                               I32x16* d) {
 #if defined(FLASHMOE_WIDE_CODES)
@@ -16,8 +22,8 @@ FLASHMOE_INLINE void few_dots(const uint8_t* codes, const TileShape& shape, cons
     // The upper four bits are multiplied where they stand, as sixteen times their code: a shift a group, not
     // one for each 64 bytes.
     const int chains = n == 1 ? 2 : 1;
-    I32x16 low[2 * kFew], high[2 * kFew];
-    FLASHMOE_UNROLL(6)
+    I32x16 low[kFewRows], high[kFewRows];
+    FLASHMOE_UNROLL(3)
     for (int j = 0; j < n * chains; ++j) low[j] = high[j] = i32_zero();
     FLASHMOE_UNROLL(8)
     for (int i = 0; i < shape.group / 8; ++i) {
@@ -50,7 +56,7 @@ FLASHMOE_INLINE void add_few(const Tile& tile, const TileShape& shape, const Gro
   // Keeps the unpacking of one row and of two apart: made before the branch for both, it filled the
   // scheduler, and the next group waited for this one's sums.
   asm volatile("" : "+r"(x), "+r"(codes));
-  I32x16 d[kFew];
+  I32x16 d[kFewRows];
   few_dots(codes, shape, x, n, d);
   FLASHMOE_UNROLL(3)
   for (int j = 0; j < n; ++j) {
@@ -115,7 +121,7 @@ FLASHMOE_INLINE void tiles_times_few(const TileShape& shape, const uint8_t* cons
                                      int64_t stride, int64_t groups, const Ahead& ahead,
                                      const TokenBlock& block, float* acc) {
 #define FLASHMOE_FEW(t, n)                                                      \
-  if (tiles == t && block.count == n) {                                         \
+  if (n <= kFew && tiles == t && block.count == n) {                            \
     return tiles_times_n(tile, t, n, stride, groups, ahead, shape, block, acc); \
   }
   FLASHMOE_FEW(1, 1)
