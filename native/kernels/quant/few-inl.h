@@ -1,8 +1,8 @@
 // Tiles times one token, with AVX-512 up to three; part of matmul-inl.h.
 //
 // Their sums stay in registers from the first group to the last.  Through memory, as for many tokens, each
-// group waits for the store of the one before: one token took 66 cycles a group where its products and its
-// unpacking need 25, and a core could not read weights faster than 32 GB/s.
+// group waits for the store of the one before: one token took 50 cycles a group where its products and its
+// unpacking need 25.
 
 // Tokens; with half the registers only one has room.
 #if defined(FLASHMOE_PAIRED_TILES)
