@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flashmoe.store.policies import LayeredLru, Policy
 from flashmoe.store.policies.belady import Belady
+from flashmoe.store.policies.fifo import Fifo
 from flashmoe.store.policies.flashmoe_net import NetworkWeights
 from flashmoe.store.policies.forecast import NEIGHBOURS, ForecastWeights
 from flashmoe.store.policies.layered import Layered
@@ -72,6 +73,7 @@ NAMED: dict[str, Make] = {name: simple(name) for name in SIMPLE} | {
     kind: trained(kind) for kind in ("forecast", "network", "pairwise")
 }
 NAMED["static"] = trained("forecast", static=True)
+NAMED["fifo"] = Fifo
 POLICIES = [pytest.param(make, id=name) for name, make in NAMED.items()]
 layer_numbers = st.integers(0, LAYERS - 1)
 expert_sets = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=4)
@@ -240,6 +242,9 @@ class TestOrders:
 
     def test_lru(self) -> None:
         assert one_layer(Lru(), {0}, {1}, {0}, {2}, capacity=2) == [1]
+
+    def test_fifo_looks_at_no_use(self) -> None:
+        assert replay(Fifo(), [(0, {1}), (0, {2}), (0, {1}), (0, {3})], 2)[-2] == (0, 1)
 
     def test_lfu_remembers_who_left_and_in_cache_does_not(self) -> None:
         events = ({0}, {0}, {1}, {2}, {0}, {1}, {1}, {3})

@@ -30,7 +30,7 @@ FLASHMOE_INLINE I32x16 i32_zero() { return _mm512_setzero_si512(); }
 #define FLASHMOE_WIDE_CODES
 FLASHMOE_INLINE U8x64 u8_load_once(const uint8_t* p) {
   U8x64 v = u8_load(p);
-  asm("" : "+v"(v));
+  asm volatile("" : "+v"(v));  // in the order written
   return v;
 }
 FLASHMOE_INLINE I32x16 i32_sixteenth(I32x16 v) { return _mm512_srai_epi32(v, 4); }

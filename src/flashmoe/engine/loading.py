@@ -29,6 +29,7 @@ from flashmoe.models.fit import check_fit
 from flashmoe.models.registry import ModelFamily, find_family
 from flashmoe.store.cache import ExpertCache
 from flashmoe.store.policies.base import Policy
+from flashmoe.store.policies.fifo import Fifo
 from flashmoe.store.policies.registry import DEFAULT, Geometry, chosen, policy_maker
 from flashmoe.store.reader import MOST_IN_FLIGHT, NativeReader
 from flashmoe.store.slots import SlotArena
@@ -243,6 +244,8 @@ def _cache(
     stripes = len(bundle.experts_dirs)
     files = {layer.layer: (1 + i * stripes, layer.record_nbytes, stripes) for i, layer in enumerate(layers)}
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
+    if arena.count >= sum(layer.count for layer in layers):
+        policy = Fifo()
     return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
 
 

@@ -22,9 +22,8 @@ class Score:
 
     def __init__(self) -> None:
         self.lead, self.frequencies = 0, False
-        self.waiting: dict[
-            Duel, None
-        ] = {}  # layers whose last event has yet to be held against the directories
+        # Layers whose last event has yet to be held against the directories.
+        self.waiting: dict[Duel, None] = {}
 
     def refresh(self) -> None:
         """Do now what the layers' next events would do first."""
