@@ -11,6 +11,10 @@ namespace flashmoe {
 
 // Runs numbered tasks on a fixed set of threads, the caller among them.
 //
+// Of T threads the t-th takes tasks t, t + T, t + 2T ... in their order, each claimed in a cache line that
+// nobody else touches, and then what is left of the others'.  One counter for all took a transfer between
+// cores for every task and another when it ended: 30 ns in one group of cores, 300 between two.
+//
 // Workers spin for a moment after each job, because the next one of a token follows within microseconds,
 // and then sleep.  A worker that is not scheduled in time is simply not waited for: the caller waits for
 // tasks, never for threads.  Tasks must be independent of one another and of which thread runs them.
@@ -41,18 +45,27 @@ class ThreadPool {
 
  private:
   using Entry = void (*)(void* context, int64_t task);
+  // High half: generation of the job.  Low half: how many of a thread's tasks are claimed, or kClosed while
+  // no job is open.
+  struct alignas(64) Ticket {
+    std::atomic<uint64_t> value;
+  };
+  struct alignas(64) Job {
+    std::atomic<Entry> entry{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<int64_t> count{0};
+  };
 
   void run(int64_t count, Entry entry, void* context);
-  bool run_one();
-  void worker_loop();
+  int64_t run_tasks(int64_t thread);
+  bool run_next(int64_t owner);
+  bool wake_sleepers();
+  void worker_loop(int64_t thread);
 
-  // High half: generation of the job.  Low half: next unclaimed task, or kClosed while no job is open.
-  std::atomic<uint64_t> ticket_;
-  std::atomic<Entry> entry_{nullptr};
-  std::atomic<void*> context_{nullptr};
-  std::atomic<int64_t> count_{0};
-  std::atomic<int64_t> finished_{0};
-  std::atomic<int> sleepers_{0};
+  std::vector<Ticket> tickets_;
+  Job job_;
+  alignas(64) std::atomic<int64_t> finished_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<uint32_t> wake_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
