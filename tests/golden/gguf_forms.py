@@ -128,6 +128,25 @@ def original_name(name: str) -> str:
     return f"blk.{layer}.{LAYER[rest]}"
 
 
+def qwen35moe_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a Qwen3.5 model."""
+    heads = config["linear_num_value_heads"]
+    return {
+        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"], "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.freq_base": 10000.0,
+        "rope.dimension_count": config["head_dim"] // 4, "expert_count": config["num_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"], "ssm.state_size": config["linear_key_head_dim"],
+        "ssm.group_count": config["linear_num_key_heads"], "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * config["linear_value_head_dim"],
+        "full_attention_interval": 2,
+    }  # fmt: skip
+
+
 def qwen35moe(
     path: Path,
     config: Mapping[str, Any],
@@ -141,9 +160,7 @@ def qwen35moe(
 
     fused: as joined() has it.
     """
-    keys, heads, size = (
-        config[f"linear_{n}"] for n in ("num_key_heads", "num_value_heads", "value_head_dim")
-    )
+    keys, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     before = 2 * keys * config["linear_key_head_dim"]
 
     def order(name: str, values: Array) -> Array:
@@ -177,20 +194,7 @@ def qwen35moe(
         shaped = values[0] if name.endswith("shared_expert_gate") else order(name, values)
         tensors[f"{original_name(name)}.weight"] = (shaped, used)
         truth[name] = untiled(stored(order(name, values), used), name, order)
-    numbers = {
-        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"], "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"], "rope.freq_base": 10000.0,
-        "rope.dimension_count": config["head_dim"] // 4, "expert_count": config["num_experts"],
-        "expert_used_count": config["num_experts_per_tok"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
-        "ssm.conv_kernel": config["linear_conv_kernel_dim"], "ssm.state_size": config["linear_key_head_dim"],
-        "ssm.group_count": keys, "ssm.time_step_rank": heads, "ssm.inner_size": heads * size,
-        "full_attention_interval": 2,
-    }  # fmt: skip
-    write(path, "qwen35moe", numbers, joined(tensors) if fused else tensors)
+    write(path, "qwen35moe", qwen35moe_numbers(config), joined(tensors) if fused else tensors)
     return truth
 
 

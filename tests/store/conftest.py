@@ -77,6 +77,7 @@ class World:
             {layer: (layer + 1, RECORD) for layer in range(layers)},
             experts_per_token=k,
             checksums=checksums,
+            experts=layers * experts,
         )
 
     def stream(
@@ -123,6 +124,7 @@ class World:
         """Between steps: only reads ahead in flight, every slot has one owner, every resident expert its bytes."""
         foreseen = list(self.cache._foreseen)
         assert self.reader.outstanding == len(foreseen)
+        assert self.cache.whole == (len(self.resident()) == self.layers * self.experts)
         places = [
             (slot, layer, expert)
             for layer in range(self.layers)

@@ -45,6 +45,27 @@ def test_misses_are_read_and_hits_are_not(make_world: MakeWorld) -> None:
     world.check()
 
 
+def test_with_everything_in_memory_a_step_is_answered_at_once(make_world: MakeWorld) -> None:
+    world = make_world(18, k=6)
+    for layer in range(3):
+        assert not world.cache.whole
+        slots = world.request(layer, range(6))
+    assert world.cache.whole
+    before = world.cache.stats()
+    assert world.cache.hit(2, [4, 0, 5]) == [slots[4], slots[0], slots[5]]
+    total = world.cache.stats().since(before).total
+    assert (total.hits, total.misses) == (3, 0)
+    world.check()
+
+
+def test_a_pool_that_had_to_give_something_up_is_not_whole(make_world: MakeWorld) -> None:
+    world = make_world(17, k=6)
+    for layer in (0, 1, 2, 0):
+        world.request(layer, range(6))
+        assert not world.cache.whole
+        world.check()
+
+
 def test_hits_are_there_before_anything_is_waited_for(make_world: MakeWorld) -> None:
     world = make_world(4, k=3)
     world.request(0, [1, 3])

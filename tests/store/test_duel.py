@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from flashmoe.bench.replay import Material, Setting, replay
 from flashmoe.store.policies.duel import LARGEST, MARGIN
-from flashmoe.store.policies.registry import Geometry, policy_maker
+from flashmoe.store.policies.registry import Geometry
 
 LAYERS, EXPERTS, SLOTS, EACH = 4, 64, 12, 4
 Event = tuple[int, list[int]]
@@ -35,22 +36,10 @@ def scanned(steps: int, seed: int) -> Iterator[Event]:
 
 def hits(name: str, events: list[Event]) -> int:
     """Of a pool for all layers, as the cache has it."""
-    policy = policy_maker(name, Geometry(tuple(range(LAYERS)), EXPERTS))().together()
-    resident: set[tuple[int, int]] = set()
-    count = 0
-    for layer, experts in events:
-        policy.touch(layer, experts)
-        missing = [expert for expert in experts if (layer, expert) not in resident]
-        count += len(experts) - len(missing)
-        for expert in missing:
-            if len(resident) == LAYERS * SLOTS:
-                victim = policy.victim(layer, set(experts))
-                assert victim is not None
-                policy.remove(*victim)
-                resident.remove(victim)
-            policy.insert(layer, expert)
-            resident.add((layer, expert))
-    return count
+    steps = [[experts for _, experts in events[i : i + LAYERS]] for i in range(0, len(events), LAYERS)]
+    layers = tuple(range(LAYERS))
+    material = Material(layers, steps, np.arange(len(steps)), [(0, len(steps))])
+    return int(replay(material, name, Setting(SLOTS, "shared"), Geometry(layers, EXPERTS)).hits.sum())
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -83,6 +83,7 @@ class StreamedExperts:
         self.lookahead = Lookahead(cache, lookahead)
         self._every_expert, self._successor = range(experts), dict(itertools.pairwise(layouts))
         self._everyone, self._slots = np.arange(FEW, dtype=np.int32), arena.count
+        self._only = np.zeros(1 + cache.experts_per_token, np.int32)  # the one token of each pair
         self._base, self._stride = arena.address, arena.record_nbytes
         self._layouts = {
             layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
@@ -115,12 +116,42 @@ class StreamedExperts:
             block = (self._inputs[shared.group], shared.layout, shared.address)
         else:
             shared_weights = shared_weights[:0]
+        if len(x) == 1 and self._cache.whole:
+            self._one_token(layer, layout, group, chosen[0], weights[0], block, shared_weights, out)
+            return
         pairs = Pairs(chosen, weights)
         # A request holds all its experts at once; a pool that it would fill serves a prompt's stream better.
         if len(x) == 1 or (len(x) <= FEW and 2 * len(pairs.experts) <= self._slots):
             self._few_tokens(layer, layout, group, pairs, block, shared_weights, out, foresight)
         else:
             self._many_tokens(layer, layout, group, pairs, block, shared_weights, out)
+
+    def _one_token(
+        self,
+        layer: int,
+        layout: Any,
+        group: int,
+        chosen: I32,
+        weights: F32,
+        block: tuple[Any, Any, int] | None,
+        shared_weights: F32,
+        out: F32,
+    ) -> None:
+        """As _few_tokens, of experts that are all in memory: nothing to read, to guess or to keep apart.
+
+        What the interpreter touches here stands in memory, not in a cache, after each layer's weights.
+        """
+        order, shared = chosen.argsort(kind="stable"), len(shared_weights)
+        factors = np.empty(shared + len(order), np.float32)
+        factors[:shared] = shared_weights
+        weights.take(order, out=factors[shared:])
+        slots = self._cache.hit(layer, chosen[order].tolist())
+        addresses = [self._base + slot * self._stride for slot in slots]
+        tokens = self._only[: len(factors)]
+        offsets = range(shared, len(factors) + 1)
+        self._ops.expert_ffn(
+            self._inputs[group], layout, addresses, [*offsets], tokens, tokens, out, factors, block
+        )
 
     def _few_tokens(
         self,

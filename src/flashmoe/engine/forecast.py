@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flashmoe.engine.experts import READ_ON_SHARE
 from flashmoe.engine.lookahead import AHEAD, reads_ahead
-from flashmoe.store.cache import ExpertCache
+from flashmoe.store.sizes import staging_slots
 
 F64 = NDArray[np.float64]
 
@@ -231,7 +231,7 @@ def prefill(
     """
     picks = popularity(model.experts, model.per_token, skew)
     everything = model.expert_layers * model.experts
-    staging = ExpertCache.staging_slots(slots) * model.record_nbytes / (machine.stream * DRIVE_SHARE)
+    staging = staging_slots(slots) * model.record_nbytes / (machine.stream * DRIVE_SHARE)
     missing = np.ones_like(picks)  # probability that an expert is not in a slot
     if filled and everything:
         missing -= residency(picks, slots / model.expert_layers)

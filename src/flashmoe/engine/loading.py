@@ -32,6 +32,7 @@ from flashmoe.store.policies.base import Policy
 from flashmoe.store.policies.fifo import Fifo
 from flashmoe.store.policies.registry import DEFAULT, Geometry, chosen, policy_maker
 from flashmoe.store.reader import MOST_IN_FLIGHT, NativeReader
+from flashmoe.store.sizes import min_slots
 from flashmoe.store.slots import SlotArena
 from flashmoe.store.trace_writer import TraceWriter
 
@@ -163,7 +164,7 @@ def model_demand(
         workspace_nbytes=lambda tokens: architecture.workspace_nbytes(tokens, rows),
         record_nbytes=record_nbytes,
         experts=experts,
-        min_slots=ExpertCache.min_slots(config.num_experts_per_tok) if experts else 0,
+        min_slots=min_slots(config.num_experts_per_tok) if experts else 0,
         context=context,
         embedding_nbytes=embedding_nbytes,
         kv_cache=kv_cache,
@@ -244,9 +245,12 @@ def _cache(
     stripes = len(bundle.experts_dirs)
     files = {layer.layer: (1 + i * stripes, layer.record_nbytes, stripes) for i, layer in enumerate(layers)}
     checksums: Any = {record.layer: record.xxh3 for record in bundle.manifest.experts} if verify else None
-    if arena.count >= sum(layer.count for layer in layers):
+    experts = sum(layer.count for layer in layers)
+    if arena.count >= experts:
         policy = Fifo()
-    return ExpertCache(reader, arena, policy, files, experts_per_token=per_token, checksums=checksums)
+    return ExpertCache(
+        reader, arena, policy, files, experts_per_token=per_token, checksums=checksums, experts=experts
+    )
 
 
 def bundle_identity(bundle: Bundle) -> str:

@@ -13,15 +13,9 @@ from flashmoe.store.policies.base import Policy
 from flashmoe.store.reader import ExpertReader
 from flashmoe.store.records import RecordReads
 from flashmoe.store.request import Ready, Request
+from flashmoe.store.sizes import MAX_IN_FLIGHT, MAX_STAGING, min_slots, staging_slots
 from flashmoe.store.slots import SlotArena
 from flashmoe.store.stats import CacheStats, LayerCounts
-
-_MAX_IN_FLIGHT = 8  # records that keep the drive busy: the reader's queue depth
-# Slots through which a stream passes what it does not keep.  Many, because they also read on while the layer after is
-# not yet at its experts (a third of a prompt's time: 100 records on a drive of 2 GB/s), and few enough that decoding
-# afterwards hardly misses them.
-_STAGING_SHARE = 8
-_MAX_STAGING = 128
 
 
 class ExpertCache:
@@ -41,14 +35,17 @@ class ExpertCache:
         *,
         experts_per_token: int,
         checksums: Mapping[int, Sequence[str]] | None = None,
+        experts: int = 0,
     ) -> None:
         """layers: layer -> (file index, bytes of a record[, S]); checksums: xxh3 (hex) of each layer's records.
+
+        experts: of all layers; 0: nobody asks whether all are resident.
 
         S files from that index on share a layer's experts: e is record e // S of the (e % S)-th; 1 when left out.
         With checksums every record is verified after its read.  Raises BudgetError when the pool is too small.
         """
-        if layers and arena.count < self.min_slots(experts_per_token):
-            needed = self.min_slots(experts_per_token)
+        if layers and arena.count < min_slots(experts_per_token):
+            needed = min_slots(experts_per_token)
             raise BudgetError(
                 f"{arena.count} expert slots cannot hold one step's {needed} experts: raise --memory or --expert-slots"
             )
@@ -57,37 +54,22 @@ class ExpertCache:
         self._reads = RecordReads(reader, arena, layers, checksums)
         self.places = layers
         self._resident: dict[int, dict[int, int]] = {layer: {} for layer in layers}  # layer -> expert -> slot
+        self._experts, self._present = experts, 0  # of all layers: all, and the resident ones
         self._staging: list[int] = []
-        self._foreseen: dict[
-            int, tuple[int, int]
-        ] = {}  # slot -> (layer, expert), read before it is asked for
-        self._passing: set[int] = (
-            set()
-        )  # those of them that a stream reads ahead of the next and does not keep
-        self._arrived: dict[int, tuple[int, int]] = {}  # as _foreseen: of _passing, and read already
-        self._landed: dict[int, tuple[int, int]] = {}  # the others that are read already
+        # slot -> (layer, expert), read before it is asked for; _passing: those of them that a stream reads ahead of
+        # the next and does not keep.
+        self._foreseen: dict[int, tuple[int, int]] = {}
+        self._passing: set[int] = set()
+        # As _foreseen, but read already: of _passing, and the others.
+        self._arrived: dict[int, tuple[int, int]] = {}
+        self._landed: dict[int, tuple[int, int]] = {}
         self._layer_stats = {layer: LayerCounts() for layer in layers}
         self._activity: Activity | None = None  # of somebody who watches
         self._current: tuple[int, dict[int, int]] = (0, {})  # layer, landing: of the last request or stream
 
-    @staticmethod
-    def min_slots(experts_per_token: int) -> int:
-        """The smallest pool: one step's experts of one layer, and two to stream a prompt."""
-        return max(2, experts_per_token)
-
-    @staticmethod
-    def staging_slots(slots: int) -> int:
-        """Of a full pool, those through which a stream passes what it does not keep."""
-        return min(max(2 * _MAX_IN_FLIGHT, slots // _STAGING_SHARE), _MAX_STAGING, slots // 2)
-
     def request(self, layer: int, experts: Sequence[int]) -> Request:
         """Ask for distinct experts of one layer, at most the pool's size; reads of the missing ones start at once."""
-        resident = self._resident[layer]
-        self._policy.touch(layer, experts)
-        if self._activity is not None:
-            self._activity.asked(layer, experts, resident)
-        early = self._end_guesses(layer, experts, len(experts))
-        self._return_staging()
+        early, resident = self._begin(layer, experts), self._resident[layer]
         hits = [(expert, resident[expert]) for expert in experts if expert in resident]
         counts = self._layer_stats[layer]
         counts.hits += len(hits) - early
@@ -103,6 +85,18 @@ class ExpertCache:
             raise
         counts.misses += len(missing)
         return Request(self, layer, experts, hits, missing)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert of every layer is resident."""
+        return self._present == self._experts > 0
+
+    def hit(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """The slots of experts that are all resident, in the order given; else as request(), and valid until it."""
+        self._begin(layer, experts)
+        resident, counts = self._resident[layer], self._layer_stats[layer]
+        counts.hits += len(experts)
+        return [resident[expert] for expert in experts]
 
     def stream(
         self, layer: int, experts: Sequence[int], most: int, then: tuple[int, Sequence[int]] | None = None
@@ -223,6 +217,21 @@ class ExpertCache:
             rows[layer][expert] |= IN_FLIGHT
         return rows
 
+    def _begin(self, layer: int, experts: Sequence[int]) -> int:
+        """A step asks for `experts`; how many of them have become resident by that, because they were foreseen."""
+        self._policy.touch(layer, experts)
+        if self._activity is not None:
+            self._activity.asked(layer, experts, self._resident[layer])
+        early = self._end_guesses(layer, experts, len(experts))
+        self._return_staging()
+        return early
+
+    def _keep(self, layer: int, expert: int, slot: int) -> None:
+        """The expert is resident from now on."""
+        self._resident[layer][expert] = slot
+        self._present += 1
+        self._policy.insert(layer, expert)
+
     def _read_missing(self, layer: int, experts: Sequence[int], missing: dict[int, int]) -> None:
         """Start reading the experts that are not resident; `missing` gets slot -> expert of each."""
         keep = set(experts)
@@ -251,7 +260,7 @@ class ExpertCache:
     ) -> None:
         """Queue experts in order: resident ones and those read `ahead` freely, others while there is a slot."""
         resident, counts = self._resident[layer], self._layer_stats[layer]
-        while waiting and len(queue) < max(most, 2 * _MAX_IN_FLIGHT):
+        while waiting and len(queue) < max(most, 2 * MAX_IN_FLIGHT):
             expert = waiting[0]
             slot = resident.get(expert)
             if slot is not None:
@@ -281,7 +290,7 @@ class ExpertCache:
         known = {expert for owner, expert in ahead if owner == layer}
         for expert in experts:
             # One staging slot stays: the next stream may begin with an expert that nobody has foreseen.
-            if len(known) >= _MAX_STAGING or (len(self._staging) < 2 and not self._arena.free):
+            if len(known) >= MAX_STAGING or (len(self._staging) < 2 and not self._arena.free):
                 return
             if expert not in self._resident[layer] and expert not in known:
                 known.add(expert)
@@ -318,8 +327,7 @@ class ExpertCache:
                 continue
             ready.append((expert, slot))
             if slot not in keep_resident:
-                self._resident[layer][expert] = slot
-                self._policy.insert(layer, expert)
+                self._keep(layer, expert, slot)
         if failed:
             self._drain(landing, keep_resident)
             raise ReadError(failed + ": run `flashmoe verify` on the bundle")
@@ -377,8 +385,7 @@ class ExpertCache:
         """What has landed ahead becomes resident; how many of the layer's `experts` have."""
         early = 0
         for slot, (owner, expert) in self._landed.items():
-            self._resident[owner][expert] = slot
-            self._policy.insert(owner, expert)
+            self._keep(owner, expert, slot)
             early += owner == layer and expert in experts
         self._landed.clear()
         self._reads.waste(layer, -early)
@@ -461,6 +468,7 @@ class ExpertCache:
         if victim is None:
             return None
         self._policy.remove(*victim)
+        self._present -= 1
         return self._resident[victim[0]].pop(victim[1])
 
     def _fill_staging(self, layer: int, experts: Sequence[int], passing: int) -> None:
@@ -469,7 +477,7 @@ class ExpertCache:
         missing = sum(expert not in resident for expert in experts)
         if missing <= self._arena.free:
             return
-        wanted = max(1, min(self.staging_slots(self._arena.count), missing) - passing)
+        wanted = max(1, min(staging_slots(self._arena.count), missing) - passing)
         keep = set(experts)
         while len(self._staging) < wanted:
             slot = self._take(layer, keep)

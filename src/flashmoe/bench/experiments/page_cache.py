@@ -7,7 +7,7 @@ from pathlib import Path
 from flashmoe.bench.experiments.base import Variant, exchange, reader_paths
 from flashmoe.bench.experiments.threaded import Files, ThreadedReader
 from flashmoe.engine.loading import QUEUE_DEPTH, Parts
-from flashmoe.store.cache import ExpertCache
+from flashmoe.store.sizes import min_slots
 from flashmoe.store.slots import SlotArena
 
 
@@ -33,7 +33,7 @@ def install(parts: Parts, setting: str, scratch: Path | None) -> Variant:
     reader = ThreadedReader(files.fetch, QUEUE_DEPTH)
     arena = None
     if setting == "instead":
-        slots = ExpertCache.min_slots(parts.cache.experts_per_token)
+        slots = min_slots(parts.cache.experts_per_token)
         arena = SlotArena(slots, parts.plan.record_nbytes)
     exchange(parts, reader=reader, arena=arena)
     return _Reads(files, reader)
