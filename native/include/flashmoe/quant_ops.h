@@ -176,8 +176,10 @@ class QuantOps {
   void lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens);
   void gather(Job& job, std::span<const int32_t> tokens);
   void run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after);
-  void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const Job* next, const int32_t* rows,
-                const float* weights, float* out);
+  void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after,
+                const int32_t* rows, const float* weights, float* out);
+  void down_each(const int32_t* rows, float* out);
+  void down_summed(const int32_t* rows, const float* weights, float* out);
   Activations hidden_view(const Job& job);
 
   ThreadPool& pool_;
@@ -191,6 +193,8 @@ class QuantOps {
   PlaneBuffer gathered_planes_;
   GrowOnly<float> gathered_;
   GrowOnly<float> hidden_sums_;
+  GrowOnly<float> apart_;
+  std::vector<int32_t> own_rows_;  // 0, 1, 2 ...: of results kept apart
   std::vector<Job> jobs_;
   std::vector<WorkRun> runs_;
   WorkSplit split_;

@@ -280,8 +280,8 @@ double QuantOps::int8_peak() {
 
 int64_t QuantOps::scratch_nbytes() const {
   return linear_input_[0].nbytes() + linear_input_[1].nbytes() + hidden_planes_.nbytes() + hidden_.nbytes() +
-         gathered_planes_.nbytes() + gathered_.nbytes() + hidden_sums_.nbytes() + head_planes_.nbytes() +
-         head_rows_.nbytes();
+         gathered_planes_.nbytes() + gathered_.nbytes() + hidden_sums_.nbytes() + apart_.nbytes() +
+         head_planes_.nbytes() + head_rows_.nbytes();
 }
 
 }  // namespace flashmoe

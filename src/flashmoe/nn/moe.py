@@ -15,6 +15,8 @@ from flashmoe.nn.workspace import Workspace
 # Tokens of a step whose experts are computed as they land, and foretold for the next layer: sequences that are decoded
 # together.  More are a prompt, and visit the experts in file order.
 FEW = 16
+# Results that the kernel keeps apart before it sums them: kApart of native/kernels/quant/expert_ffn.cc.
+_APART = 192
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class MoeShape(FfnShape):
         return SparseMoe(weights, prefix, layer, self, ops)
 
     def workspace(self, tokens: int) -> int:
-        """Logits, choices and weights; results of experts where they are kept apart."""
-        each = self.experts + 3 * self.experts_per_token + 2
+        """Logits, choices and weights; results of experts where they are kept apart, here and in the kernel."""
+        each = self.experts + 3 * self.experts_per_token + 2 + -(-_APART * self.hidden // tokens)
         if tokens <= FEW:  # results of experts kept apart, as they land in any order
             each += (self.experts_per_token + 1) * self.hidden
         return each
