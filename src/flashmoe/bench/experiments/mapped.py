@@ -76,6 +76,11 @@ class MappedRecords:
         self._everyone = dict.fromkeys(range(count))
         self._counts = {layer: LayerCounts() for layer in self._maps}
 
+    @property
+    def whole(self) -> bool:
+        """Only the operating system knows what is in memory: each step asks."""
+        return False
+
     def request(self, layer: int, experts: Sequence[int]) -> _Request:
         """All experts, as hits."""
         return _Request(self._ready(layer, experts))
