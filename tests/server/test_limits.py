@@ -236,9 +236,8 @@ def test_too_many_requests(server: Running, client: httpx.Client) -> None:
         others = list(pool.map(one, [60] * 40))
         assert all(request.result().status_code == 200 for request in first)
     assert {answer.status_code for answer in others} == {200, 429}
-    assert (
-        sum(answer.status_code == 200 for answer in others) >= 12
-    )  # who may wait while the three are answered
+    # Twelve may wait while the three are answered.
+    assert sum(answer.status_code == 200 for answer in others) >= 12
     refused = next(answer for answer in others if answer.status_code == 429)
     assert "try again later" in error_of(refused)
     assert refused.headers["retry-after"] == "1"

@@ -194,7 +194,6 @@ class QuantOps {
   GrowOnly<float> gathered_;
   GrowOnly<float> hidden_sums_;
   GrowOnly<float> apart_;
-  std::vector<int32_t> own_rows_;  // 0, 1, 2 ...: of results kept apart
   std::vector<Job> jobs_;
   std::vector<WorkRun> runs_;
   WorkSplit split_;

@@ -1,7 +1,6 @@
 // Feed-forward blocks of several experts as two parallel regions, whatever the number of experts and tokens.
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 
 #include "flashmoe/quant_ops.h"
 
@@ -157,8 +156,11 @@ void QuantOps::run_down(const Job& job, int64_t tile_begin, int64_t tile_end, co
   w.tiles = job.work.record + job.work.layout->down_offset;
   w.after = after;
   w.bias = job.work.layout->down_bias(job.work.record);
-  const TokenRows feed{rows + job.work.first, weights != nullptr ? weights + job.work.first : nullptr};
-  kernels_.matmul(w, hidden_view(job), feed, tile_begin, tile_end, out, job.work.layout->hidden);
+  const int64_t hidden = job.work.layout->hidden, first = job.work.first;
+  const TokenRows feed{rows != nullptr ? rows + first : nullptr,
+                       weights != nullptr ? weights + first : nullptr};
+  kernels_.matmul(w, hidden_view(job), feed, tile_begin, tile_end,
+                  rows != nullptr ? out : out + first * hidden, hidden);
 }
 
 void QuantOps::expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens,
@@ -184,18 +186,14 @@ void QuantOps::expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32
   if (weights.empty()) {
     down_each(rows.data(), out);
   } else if (pairs <= kApart) {
-    if (own_rows_.empty()) {
-      own_rows_.resize(kApart);
-      std::iota(own_rows_.begin(), own_rows_.end(), 0);
-    }
-    down_each(own_rows_.data(), apart_.at_least(pairs * hidden));
+    down_each(nullptr, apart_.at_least(pairs * hidden));
     combine(apart_.data(), hidden, rows, weights, out);
   } else {
     down_summed(rows.data(), weights.data(), out);
   }
 }
 
-// Results of all pairs, each in its row.
+// Results of all pairs, each in its row; rows null: pair p's in row p.
 void QuantOps::down_each(const int32_t* rows, float* out) {
   runs_.clear();
   for (const Job& job : jobs_) runs_.push_back(run_of(job.work.layout->down, job.work.count));
