@@ -84,9 +84,10 @@ struct Bench {
     const DeltaShape shape{1, 4, 8, 128, 128};
     const std::vector<float> mixed = values(shape.channels()), gates = values(8);
     std::vector<float> state(8 * 128 * 128), out(8 * 128);
+    const SequenceRows row{state.data(), 0, 1};
     for (int i = 0; i < times; ++i) {
       floats.gated_delta_rule(shape, mixed.data(), gates.data(), gates.data(), gates.data(), gates.data(),
-                              state.data(), out.data());
+                              {&row, 1}, out.data());
     }
   }
 
@@ -111,8 +112,8 @@ struct Bench {
   void convolution(int times) {
     const std::vector<float> u = values(8192), w = values(4 * 8192);
     std::vector<float> state(3 * 8192), out(8192);
-    for (int i = 0; i < times; ++i)
-      floats.causal_conv1d(u.data(), w.data(), state.data(), 1, 8192, 4, out.data());
+    const SequenceRows row{state.data(), 0, 1};
+    for (int i = 0; i < times; ++i) floats.causal_conv1d(u.data(), w.data(), {&row, 1}, 8192, 4, out.data());
   }
 
   void route(int times) {

@@ -2,6 +2,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
@@ -72,21 +73,40 @@ void gated_rms_norm(FloatOps& ops, const Floats& o, const Floats& z, const Float
   ops.gated_rms_norm(o.data(), z.data(), w.data(), size(o) / size(w), size(w), eps, out.data());
 }
 
-void causal_conv1d(FloatOps& ops, const Floats& u, const Floats& w, const Floats& state, const Floats& out) {
+// Sequence i has the rows up to ends[i] that no earlier one has; each state holds state_size values.
+std::vector<SequenceRows> sequence_rows(const std::vector<Floats>& states, const std::vector<int64_t>& ends,
+                                        int64_t state_size, int64_t tokens) {
+  require(states.size() == ends.size() && (ends.empty() ? 0 : ends.back()) == tokens,
+          "one state and one end for each sequence, and no rows behind the last end");
+  std::vector<SequenceRows> sequences;
+  sequences.reserve(states.size());
+  int64_t begin = 0;
+  for (size_t i = 0; i < states.size(); ++i) {
+    require(begin <= ends[i], "ends must not fall");
+    require(size(states[i]) == state_size, "a state has the wrong shape");
+    sequences.push_back({states[i].data(), begin, ends[i]});
+    begin = ends[i];
+  }
+  return sequences;
+}
+
+void causal_conv1d(FloatOps& ops, const Floats& u, const Floats& w, const std::vector<Floats>& states,
+                   const std::vector<int64_t>& ends, const Floats& out) {
   require(u.ndim() == 2 && w.ndim() == 2 && dim(w, 1) == dim(u, 1) && dim(w, 0) >= 2,
           "u [tokens, channels] and w [taps, channels] must agree");
-  require(size(state) == (dim(w, 0) - 1) * dim(u, 1) && size(out) == size(u),
-          "state must be [taps - 1, channels] and out like u");
+  require(size(out) == size(u), "out must be like u");
+  const std::vector<SequenceRows> sequences =
+      sequence_rows(states, ends, (dim(w, 0) - 1) * dim(u, 1), dim(u, 0));
   nb::gil_scoped_release release;
-  ops.causal_conv1d(u.data(), w.data(), state.data(), dim(u, 0), dim(u, 1), dim(w, 0), out.data());
+  ops.causal_conv1d(u.data(), w.data(), sequences, dim(u, 1), dim(w, 0), out.data());
 }
 
 void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const Floats& b,
-                      const Floats& a_log, const Floats& dt_bias, const Floats& state, const Floats& out,
-                      int64_t key_heads) {
-  require(state.ndim() == 3 && mixed.ndim() == 2,
-          "mixed [tokens, channels], state [value_heads, key_dim, value_dim]");
-  const DeltaShape shape{dim(mixed, 0), key_heads, dim(state, 0), dim(state, 1), dim(state, 2)};
+                      const Floats& a_log, const Floats& dt_bias, const std::vector<Floats>& states,
+                      const std::vector<int64_t>& ends, const Floats& out, int64_t key_heads) {
+  require(!states.empty() && states[0].ndim() == 3 && mixed.ndim() == 2,
+          "mixed [tokens, channels], states [value_heads, key_dim, value_dim]");
+  const DeltaShape shape{dim(mixed, 0), key_heads, dim(states[0], 0), dim(states[0], 1), dim(states[0], 2)};
   require(key_heads > 0 && shape.value_heads % key_heads == 0, "key_heads must divide the value heads");
   require(shape.key_dim <= kMaxHeadDim && shape.key_dim % 4 == 0,
           "key_dim must be a multiple of 4, at most 512");
@@ -96,8 +116,9 @@ void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const
   require(size(a_log) == shape.value_heads && size(dt_bias) == shape.value_heads,
           "A_log and dt_bias: [value_heads]");
   require(size(out) == gates * shape.value_dim, "out must be [tokens, value_heads, value_dim]");
+  const std::vector<SequenceRows> sequences = sequence_rows(states, ends, size(states[0]), shape.tokens);
   nb::gil_scoped_release release;
-  ops.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), state.data(),
+  ops.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), sequences,
                        out.data());
 }
 
@@ -250,9 +271,9 @@ void bind_float(nb::module_& m) {
       .def("rms_norm", &rms_norm, "x"_array, "w"_array, "eps"_a, "out"_array)
       .def("add_rms_norm", &add_rms_norm, "x"_array, "delta"_array, "w"_array, "eps"_a, "out"_array)
       .def("gated_rms_norm", &gated_rms_norm, "o"_array, "z"_array, "w"_array, "eps"_a, "out"_array)
-      .def("causal_conv1d", &causal_conv1d, "u"_array, "w"_array, "state"_array, "out"_array)
+      .def("causal_conv1d", &causal_conv1d, "u"_array, "w"_array, "states"_array, "ends"_a, "out"_array)
       .def("gated_delta_rule", &gated_delta_rule, "mixed"_array, "a"_array, "b"_array, "a_log"_array,
-           "dt_bias"_array, "state"_array, "out"_array, "key_heads"_a)
+           "dt_bias"_array, "states"_array, "ends"_a, "out"_array, "key_heads"_a)
       .def("attention_prepare", &attention_prepare, "q_gate"_array, "k"_array, "v"_array,
            "q_norm"_array.none(), "k_norm"_array.none(), "eps"_a, "cos"_array, "sin"_array, "position"_a,
            "q_out"_array, "keys"_array, "values"_array)

@@ -23,6 +23,8 @@ namespace {
 
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Choices = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Addresses = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 
 void require(bool condition, const char* message) {
@@ -127,7 +129,7 @@ int64_t ffn_nbytes(const FfnLayout& layout) {
 }
 
 void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
-            const std::vector<Floats>& outs, bool precise) {
+            const std::vector<Floats>& outs, bool precise, bool gated) {
   require(x.ndim() == 2, "x must have shape [tokens, cols]");
   require(weights.size() == outs.size() && weights.size() <= kMaxLinearWeights,
           "one out for each weight, at most 8");
@@ -141,7 +143,7 @@ void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
     pointers[i] = outs[i].data();
   }
   nb::gil_scoped_release release;
-  ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()}, precise);
+  ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()}, precise, gated);
 }
 
 void head_linear(QuantOps& ops, const Floats& x, const Weight& weight, const Floats& out, bool precise) {
@@ -184,6 +186,15 @@ ExpertJob expert_job(const TokenInput& input, const FfnLayout& layout, uintptr_t
   return {&layout, &input, reinterpret_cast<const uint8_t*>(address), begin, end - begin, precise};
 }
 
+// The block of every token.
+ExpertJob shared_job(const Shared& shared, const TokenInput& input, const FfnLayout& layout, int64_t pairs) {
+  const auto [own, shape, address] = shared;
+  require(own != nullptr && shape != nullptr && shape->hidden == layout.hidden,
+          "the shared block has another width");
+  require(own->tokens() == input.tokens(), "the inputs differ in tokens");
+  return expert_job(*own, *shape, address, 0, pairs, true);
+}
+
 // addresses[j] serves the pairs [offsets[j], offsets[j + 1]); `shared`, the block of every token, those
 // before.
 void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
@@ -199,11 +210,7 @@ void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
   std::vector<ExpertJob> jobs;
   jobs.reserve(addresses.size() + 1);
   if (shared) {
-    const auto [shared_input, shared_layout, address] = *shared;
-    require(shared_input != nullptr && shared_layout != nullptr && shared_layout->hidden == layout.hidden,
-            "the shared block has another width");
-    jobs.push_back(expert_job(*shared_input, *shared_layout, address, 0, offsets.front(), true));
-    require(shared_input->tokens() == input.tokens(), "the inputs differ in tokens");
+    jobs.push_back(shared_job(*shared, input, layout, offsets.front()));
   }
   for (size_t j = 0; j < addresses.size(); ++j) {
     jobs.push_back(expert_job(input, layout, addresses[j], offsets[j], offsets[j + 1], false));
@@ -219,6 +226,35 @@ void expert_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
   std::span<const float> factors;
   if (weights) factors = {weights->data(), weights->size()};
   ops.expert_ffn(jobs, {tokens.data(), tokens.size()}, {rows.data(), rows.size()}, factors, out.data());
+}
+
+int64_t routed_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layout,
+                   const Addresses& addresses, const Choices& chosen, const Floats& weights,
+                   const Floats& out, int64_t most_pairs, const std::optional<Shared>& shared,
+                   const std::optional<Floats>& shared_weights) {
+  const int64_t tokens = input.tokens();
+  require(static_cast<int64_t>(chosen.shape(0)) == tokens && chosen.shape(1) > 0 &&
+              weights.size() == chosen.size(),
+          "chosen and weights must have shape [tokens, experts per token]");
+  require(out.ndim() == 2 && static_cast<int64_t>(out.shape(0)) == tokens &&
+              static_cast<int64_t>(out.shape(1)) == layout.hidden,
+          "out must have shape [tokens, hidden]");
+  require(shared.has_value() == shared_weights.has_value() &&
+              (!shared || static_cast<int64_t>(shared_weights->size()) == tokens),
+          "a shared block needs a weight for each token");
+  require(input.cols() == layout.hidden && input.group() == layout.gate_up.group,
+          "the input was prepared for another width or group");
+  RoutedFfn call{&input,        &layout,        {addresses.data(), addresses.size()},
+                 chosen.data(), weights.data(), static_cast<int64_t>(chosen.shape(1)),
+                 most_pairs};
+  ExpertJob block;
+  if (shared) {
+    block = shared_job(*shared, input, layout, tokens);
+    call.shared = &block;
+    call.shared_weights = shared_weights->data();
+  }
+  nb::gil_scoped_release release;
+  return ops.routed_ffn(call, out.data());
 }
 
 void combine(QuantOps& ops, const Floats& y, const Ints& rows, const Floats& weights, const Floats& out) {
@@ -278,12 +314,15 @@ void bind_kernels(nb::module_& m) {
             new (self) QuantOps(pool, parse_isa(isa), int8);
           },
           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
-      .def("linear", &linear, "x"_array, "weights"_a, "outs"_array, "precise"_a = false)
+      .def("linear", &linear, "x"_array, "weights"_a, "outs"_array, "precise"_a = false, "gated"_a = false)
       .def("head_linear", &head_linear, "x"_array, "weight"_a, "out"_array, "precise"_a = false)
       .def("embed", &embed, "table"_a, "ids"_array, "out"_array)
       .def("prepare", &prepare, "input"_a, "x"_array, "group"_a)
       .def("expert_ffn", &expert_ffn, "input"_a, "layout"_a, "addresses"_a, "offsets"_a, "tokens"_array,
            "rows"_array, "out"_array, "weights"_array = nb::none(), "shared"_a = nb::none())
+      .def("routed_ffn", &routed_ffn, "input"_a, "layout"_a, "addresses"_array, "chosen"_array,
+           "weights"_array, "out"_array, "most_pairs"_a, "shared"_a = nb::none(),
+           "shared_weights"_array = nb::none())
       .def("combine", &combine, "y"_array, "rows"_array, "weights"_array, "out"_array)
       .def("sigmoid", &sigmoid, "x"_array, "out"_array)
       .def("read_bandwidth", &read_bandwidth, "data"_array)

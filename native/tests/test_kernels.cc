@@ -134,10 +134,13 @@ void norms(Run& run, int64_t rows, int64_t n) {
 void convolution(Run& run, int64_t tokens, int64_t channels, int64_t taps) {
   run.section = "convolution";
   const auto u = run.random(tokens * channels), w = run.random(taps * channels);
-  const auto state = run.random((taps - 1) * channels), out = run.empty<float>(tokens * channels);
-  run.floats.causal_conv1d(u.data(), w.data(), state.data(), tokens, channels, taps, out.data());
+  const auto one = run.random((taps - 1) * channels), other = run.random((taps - 1) * channels);
+  const auto out = run.empty<float>(tokens * channels);
+  const SequenceRows rows[] = {{one.data(), 0, tokens / 3}, {other.data(), tokens / 3, tokens}};
+  run.floats.causal_conv1d(u.data(), w.data(), rows, channels, taps, out.data());
   run.keep(out);
-  run.keep(state);
+  run.keep(one);
+  run.keep(other);
 }
 
 void delta_rule(Run& run, const DeltaShape& shape) {
@@ -146,12 +149,16 @@ void delta_rule(Run& run, const DeltaShape& shape) {
   const auto mixed = run.random(shape.tokens * shape.channels()), a = run.random(gates),
              b = run.random(gates);
   const auto a_log = run.random(shape.value_heads), dt_bias = run.random(shape.value_heads);
-  const auto state = run.random(shape.value_heads * shape.key_dim * shape.value_dim);
+  const int64_t size = shape.value_heads * shape.key_dim * shape.value_dim;
+  const auto one = run.random(size), other = run.random(size);
   const auto out = run.empty<float>(gates * shape.value_dim);
-  run.floats.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(),
-                              state.data(), out.data());
+  const SequenceRows rows[] = {{one.data(), 0, shape.tokens / 3},
+                               {other.data(), shape.tokens / 3, shape.tokens}};
+  run.floats.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), rows,
+                              out.data());
   run.keep(out);
-  run.keep(state);
+  run.keep(one);
+  run.keep(other);
 }
 
 // The cache is exactly full afterwards; what lies before `position` is zero.
@@ -259,8 +266,8 @@ void products(Run& run, const Codec& codec, int64_t rows, int64_t cols, int64_t 
   const auto from_f16 = run.empty<float>(tokens * dense_rows),
              from_bf16 = run.empty<float>(tokens * dense_rows);
   float* const outs[] = {out.data(), from_f32.data(), from_f16.data(), from_bf16.data()};
-  for (bool precise : {false, true}) {
-    run.quant.linear(x.data(), tokens, cols, matrices, outs, precise);
+  for (int how = 0; how < 3; ++how) {
+    run.quant.linear(x.data(), tokens, cols, matrices, outs, how == 1, how == 2);
     for (const Exact<float>* each : {&out, &from_f32, &from_f16, &from_bf16}) run.keep(*each);
   }
   const int32_t last[] = {static_cast<int32_t>(rows) - 1, 0}, dense_last[] = {dense_rows - 1, 0};

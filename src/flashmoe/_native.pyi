@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
 def supported_isas() -> list[str]: ...
@@ -59,7 +60,12 @@ def ffn_layout(
 class QuantOps:
     def __init__(self, pool: ThreadPool, isa: str, int8: bool) -> None: ...
     def linear(
-        self, x: F32, weights: Sequence[Weight], outs: Sequence[F32], precise: bool = False
+        self,
+        x: F32,
+        weights: Sequence[Weight],
+        outs: Sequence[F32],
+        precise: bool = False,
+        gated: bool = False,
     ) -> None: ...
     def head_linear(self, x: F32, weight: Weight, out: F32, precise: bool = False) -> None: ...
     def embed(self, table: Weight, ids: I32, out: F32) -> None: ...
@@ -76,6 +82,18 @@ class QuantOps:
         weights: F32 | None = None,
         shared: tuple[TokenInput, FfnLayout, int] | None = None,
     ) -> None: ...
+    def routed_ffn(
+        self,
+        input: TokenInput,
+        layout: FfnLayout,
+        addresses: U64,
+        chosen: I32,
+        weights: F32,
+        out: F32,
+        most_pairs: int,
+        shared: tuple[TokenInput, FfnLayout, int] | None = None,
+        shared_weights: F32 | None = None,
+    ) -> int: ...
     def combine(self, y: F32, rows: I32, weights: F32, out: F32) -> None: ...
     def sigmoid(self, x: F32, out: F32) -> None: ...
     def read_bandwidth(self, data: U8) -> float: ...
@@ -88,9 +106,18 @@ class FloatOps:
     def rms_norm(self, x: F32, w: F32, eps: float, out: F32) -> None: ...
     def add_rms_norm(self, x: F32, delta: F32, w: F32, eps: float, out: F32) -> None: ...
     def gated_rms_norm(self, o: F32, z: F32, w: F32, eps: float, out: F32) -> None: ...
-    def causal_conv1d(self, u: F32, w: F32, state: F32, out: F32) -> None: ...
+    def causal_conv1d(self, u: F32, w: F32, states: Sequence[F32], ends: Sequence[int], out: F32) -> None: ...
     def gated_delta_rule(
-        self, mixed: F32, a: F32, b: F32, a_log: F32, dt_bias: F32, state: F32, out: F32, key_heads: int
+        self,
+        mixed: F32,
+        a: F32,
+        b: F32,
+        a_log: F32,
+        dt_bias: F32,
+        states: Sequence[F32],
+        ends: Sequence[int],
+        out: F32,
+        key_heads: int,
     ) -> None: ...
     def attention_prepare(
         self,

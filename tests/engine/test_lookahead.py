@@ -127,10 +127,8 @@ def test_nobody_is_asked_when_all_experts_are_in_memory(demo_bundle: Path) -> No
         Workbench(engine).warm()
         asked.clear()
         engine.feed([2])
-        assert not asked
         engine.feed([3, 4])
-        assert asked
-        assert not any(asked)
+        assert not asked
 
 
 def test_an_unknown_mode_is_refused(demo_bundle: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_reference_and_the_kernels_know_the_same_limits() -> None:
     header = (ROOT / "native/include/flashmoe/quant_ops.h").read_text()
     limits = dict(re.findall(r"constexpr float (kCoarse\w+) = ([\d.]+)f;", header))
     assert float(limits["kCoarseLimit"]) == reference_quant.COARSE_LIMIT
-    assert float(limits["kCoarseLimitHidden"]) == reference_quant.COARSE_LIMIT_HIDDEN
+    assert float(limits["kCoarseLimitGated"]) == reference_quant.COARSE_LIMIT_GATED
 
 
 def test_the_reference_stands_alone() -> None:
@@ -89,9 +89,10 @@ def calls(ops: Ops) -> dict[str, dict[str, Any]]:
         "add_rms_norm": {"x": x["x"], "delta": x["y"], "w": x["w"], "eps": 1e-6, "out": x["out"]},
         "gated_rms_norm": {"o": x["x"], "z": x["y"], "w": x["w"], "eps": 1e-6, "out": x["out"]},
         "sigmoid": {"x": x["x"], "out": x["out"]},
-        "causal_conv1d": {"u": x["x"], "w": x["taps"], "state": x["past"], "out": x["out"]},
-        "gated_delta_rule": {name: x[name] for name in ("mixed", "a", "b", "a_log", "dt_bias", "state")}
-        | {"out": x["read"], "key_heads": 1},
+        "causal_conv1d": {"u": x["x"], "w": x["taps"], "states": [x["past"]], "ends": [3]}
+        | {"out": x["out"]},
+        "gated_delta_rule": {name: x[name] for name in ("mixed", "a", "b", "a_log", "dt_bias")}
+        | {"states": [x["state"]], "ends": [3], "out": x["read"], "key_heads": 1},
         "attention_prepare": {name: x[name] for name in ("k", "v", "q_norm", "k_norm", "cos", "sin", "q_out")}
         | attention
         | {"eps": 1e-6},
@@ -111,6 +112,9 @@ def calls(ops: Ops) -> dict[str, dict[str, Any]]:
         "head_linear": {"x": x["heads"], "weight": matrix, "out": x["narrow_heads"]},
         "expert_ffn": {"input": source, "layout": record.layout, "addresses": [record.address]}
         | {"offsets": [0, 3], "tokens": ids, "rows": ids.copy(), "out": x["wide"], "weights": x["three"]},
+        "routed_ffn": {"input": source, "layout": record.layout, "most_pairs": 6}
+        | {"addresses": np.full(2, record.address, np.uint64), "chosen": np.eye(3, 2, dtype=np.int32)}
+        | {"weights": x["k2"], "out": x["wide"]},
     }
 
 
@@ -129,7 +133,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 def array_arguments() -> list[tuple[str, str]]:
     every = calls(ReferenceOps()).items()
     names = [(op, name) for op, given in every for name in given if isinstance(given[name], np.ndarray)]
-    return [*names, ("linear", "outs")]
+    return [*names, ("linear", "outs"), ("causal_conv1d", "states"), ("gated_delta_rule", "states")]
 
 
 def with_damage(value: Any, how: str) -> Any:
@@ -148,6 +152,7 @@ def with_damage(value: Any, how: str) -> Any:
 # Another number of experts, or a wider head, is as good as any: only another number of tokens is wrong.
 ANY_WIDTH = {("route", "logits"), ("mla_prepare", "q"), ("mla_attention", "out")}
 ANY_WIDTH |= {("head_linear", "x"), ("head_linear", "out")}
+ANY_LENGTH = {("routed_ffn", "addresses")}  # records that nobody chose
 
 
 @pytest.mark.parametrize(("op", "argument"), array_arguments())
@@ -158,7 +163,9 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
     sizes = "rows" if (op, argument) in ANY_WIDTH else "columns"
     # A cache may have two dtypes, so the binding compares them, not the caster.
     dtype = ValueError if argument in ("keys", "values", "cache") else TypeError
-    damages = {"dtype": dtype, "layout": TypeError, "list": TypeError, sizes: ValueError}
+    damages = {"dtype": dtype, "layout": TypeError, "list": TypeError}
+    if (op, argument) not in ANY_LENGTH:
+        damages[sizes] = ValueError
     for how, wanted in damages.items():
         bad = arguments | {argument: with_damage(arguments[argument], how)}
         with pytest.raises(wanted):
@@ -168,11 +175,19 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
 @pytest.mark.parametrize(
     ("op", "change"),
     [
-        ("causal_conv1d", {"w": np.ones((1, 10), F), "state": np.ones((0, 10), F)}),
+        ("causal_conv1d", {"w": np.ones((1, 10), F), "states": [np.ones((0, 10), F)]}),
+        ("causal_conv1d", {"states": []}),
+        ("causal_conv1d", {"ends": [2]}),
+        ("causal_conv1d", {"ends": [4]}),
+        ("causal_conv1d", {"ends": [3, 2, 3], "states": [np.ones((3, 10), F)] * 3}),
+        ("causal_conv1d", {"ends": [-1, 3], "states": [np.ones((3, 10), F)] * 2}),
+        ("gated_delta_rule", {"states": []}),
+        ("gated_delta_rule", {"ends": [2]}),
+        ("gated_delta_rule", {"ends": [1, 3], "states": [np.ones((2, 4, 5), F), np.ones((2, 4, 4), F)]}),
         ("gated_delta_rule", {"key_heads": 0}),
         ("gated_delta_rule", {"key_heads": 3}),
-        ("gated_delta_rule", {"state": np.ones((2, 3, 6), F), "out": np.ones((3, 2, 6), F)}),
-        ("gated_delta_rule", {"state": np.ones((2, 516, 5), F), "mixed": np.ones((3, 1042), F)}),
+        ("gated_delta_rule", {"states": [np.ones((2, 3, 6), F)], "out": np.ones((3, 2, 6), F)}),
+        ("gated_delta_rule", {"states": [np.ones((2, 516, 5), F)], "mixed": np.ones((3, 1042), F)}),
         ("attention_prepare", {"position": -1}),
         ("attention_prepare", {"position": 7}),
         ("attention_prepare", {"cos": np.ones((9, 5), F), "sin": np.ones((9, 5), F)}),
@@ -225,6 +240,14 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
         ("expert_ffn", {"tokens": np.array([0, 1, 3], np.int32)}),
         ("expert_ffn", {"rows": np.array([0, 1, -1], np.int32)}),
         ("expert_ffn", {"rows": np.array([0, 1, 3], np.int32)}),
+        ("routed_ffn", {"chosen": np.full((3, 2), 2, np.int32)}),
+        ("routed_ffn", {"chosen": np.full((3, 2), -1, np.int32)}),
+        ("routed_ffn", {"chosen": np.zeros((2, 2), np.int32)}),
+        ("routed_ffn", {"chosen": np.zeros((3, 0), np.int32), "weights": np.zeros((3, 0), F)}),
+        ("routed_ffn", {"addresses": np.zeros(2, np.uint64)}),
+        ("routed_ffn", {"weights": np.zeros((3, 1), F)}),
+        ("routed_ffn", {"out": np.zeros((2, 64), F)}),
+        ("routed_ffn", {"shared_weights": np.zeros(3, F)}),
     ],
     ids=str,
 )

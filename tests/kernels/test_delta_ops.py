@@ -11,6 +11,7 @@ import pytest
 
 from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.ops import TOLERANCE, Ops
+from flashmoe.kernels.reference import ReferenceOps
 from flashmoe.kernels.reference_delta import chunked, delta_inputs, recurrent
 
 F = np.float32
@@ -66,7 +67,9 @@ def run_delta(
     tokens, (heads, _, dim) = len(arguments.mixed), state.shape
     out = np.full((tokens, heads, dim), np.nan, F)
     for where in pieces(tokens, how):
-        ops.gated_delta_rule(*arguments.part(where), state, out[where], key_heads)
+        ops.gated_delta_rule(
+            *arguments.part(where), [state], [where.stop - where.start], out[where], key_heads
+        )
     return [out, state]
 
 
@@ -134,7 +137,7 @@ def run_conv(
 ) -> list[np.ndarray]:
     state, out = state.copy(), np.full_like(u, np.nan)
     for where in pieces(len(u), how):
-        ops.causal_conv1d(u[where], w, state, out[where])
+        ops.causal_conv1d(u[where], w, [state], [where.stop - where.start], out[where])
     return [out, state]
 
 
@@ -164,3 +167,42 @@ def test_conv_saturates_its_gate(agrees: Check) -> None:
     w = np.array([[0.0] * 5, [1.0] * 5], F)
     out, _ = agrees("causal_conv1d", lambda ops: run_conv(ops, u, w, np.zeros((1, 5), F)))
     np.testing.assert_allclose(out[0], [80, 0, 0, 5e-7, 1000], atol=1e-12)
+
+
+# Rows of each sequence: none, short ones in one region, more than one task's or one preparation's.
+ROWS = [(1, 1, 1), (0, 3, 0, 2), (16, 1, 9), (17, 2), (30, 0, 250, 1), (300, 4)]
+
+
+def calls_of(rows: tuple[int, ...]) -> Iterator[slice]:
+    ends = np.cumsum(rows).tolist()
+    for begin, end in zip([0, *ends], ends, strict=False):
+        yield slice(begin, end)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_sequences_together_are_sequences_alone(
+    rows: tuple[int, ...], same_bits: Check, rng: np.random.Generator
+) -> None:
+    shape, tokens, ends = (2, 4, 8, 5), sum(rows), np.cumsum(rows).tolist()
+    arguments = delta_arguments(rng, shape, tokens)
+    u, w = rng.normal(size=(tokens, 37)).astype(F), rng.normal(size=(4, 37)).astype(F)
+    pasts = rng.normal(size=(len(rows), 3, 37)).astype(F)
+    memories = rng.normal(size=(len(rows), *shape[1:])).astype(F)
+
+    def together(ops: Ops) -> list[np.ndarray]:
+        past, memory, out, read = pasts.copy(), memories.copy(), np.empty_like(u), np.empty((tokens, 4, 5), F)
+        ops.causal_conv1d(u, w, list(past), ends, out)
+        ops.gated_delta_rule(*arguments, list(memory), ends, read, 2)
+        return [out, past, read, memory]
+
+    def alone(ops: Ops) -> list[np.ndarray]:
+        past, memory, out, read = pasts.copy(), memories.copy(), np.empty_like(u), np.empty((tokens, 4, 5), F)
+        for i, own in enumerate(calls_of(rows)):
+            ops.causal_conv1d(u[own], w, [past[i]], [rows[i]], out[own])
+            ops.gated_delta_rule(*arguments.part(own), [memory[i]], [rows[i]], read[own], 2)
+        return [out, past, read, memory]
+
+    for one, other in zip(same_bits(together), same_bits(alone), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for native, reference in zip(same_bits(together), together(ReferenceOps()), strict=True):
+        np.testing.assert_allclose(native, reference, 2e-6, 2e-6)

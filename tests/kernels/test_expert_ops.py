@@ -40,9 +40,11 @@ def activations_of(rng: np.random.Generator, tokens: int, cols: int) -> np.ndarr
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("planes", [{}, {"precise": True}, {"gated": True}], ids=str)
 @pytest.mark.parametrize("codec", [TileCodec(b, g, "f16") for b in BITS for g in (32, 64)], ids=str)
-def test_linear(codec: TileCodec, precise: bool, path: str, agrees: Check, rng: np.random.Generator) -> None:
+def test_linear(
+    codec: TileCodec, planes: dict[str, bool], path: str, agrees: Check, rng: np.random.Generator
+) -> None:
     for rows, groups, tokens in ((1, 1, 1), (15, 3, 2), (17, 1, 7), (31, 2, 66)):  # 64 tokens are one block
         cols = groups * codec.group
         tiles = codec.pack(*matrix(rng, codec, rows, cols))
@@ -50,7 +52,7 @@ def test_linear(codec: TileCodec, precise: bool, path: str, agrees: Check, rng: 
 
         def run(ops: Ops, shape: Any = (rows, cols), x: Any = x, tiles: Any = tiles) -> list[np.ndarray]:
             out = np.full((len(x), shape[0]), np.nan, F)
-            ops.linear(x, [ops.weight(tiles, codec, *shape)], [out], precise)
+            ops.linear(x, [ops.weight(tiles, codec, *shape)], [out], **planes)
             return [out]
 
         (out,) = agrees("linear", run, path)
@@ -155,6 +157,44 @@ def test_a_mixture_of_experts(
         return [out]
 
     np.testing.assert_array_equal(agrees("combine", combined)[0], summed)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_kernel_groups_what_a_router_chose(
+    shared: bool, path: str, agrees: Check, rng: np.random.Generator
+) -> None:
+    """The same bits as pairs that are grouped by hand, however many of them are computed together."""
+    given = mixture(rng, *CODECS[2])
+    chosen = np.stack([rng.permutation(3)[:2] for _ in given.x]).astype(np.int32)
+    weights, everyone = rng.random(chosen.shape).astype(F), np.arange(5 if shared else 0, dtype=np.int32)
+    shared_weights = rng.random(len(everyone)).astype(F)
+    order = chosen.ravel().argsort(kind="stable")
+    tokens = np.concatenate([everyone, (order // 2).astype(np.int32)])
+    factors = np.concatenate([shared_weights, weights.ravel()[order]])
+    ends = np.cumsum(np.bincount(chosen.ravel(), minlength=3))
+    offsets = [len(everyone), *(len(everyone) + ends).tolist()]
+
+    def run(ops: Ops) -> list[np.ndarray]:
+        records = [ops.ffn_weights(record, given.layout) for record in given.records]
+        block = ops.ffn_weights(given.shared, given.shared_layout)
+        inputs = {group: ops.token_input() for group in (32, 64)}
+        for group, source in inputs.items():
+            ops.prepare(source, given.x, group)
+        also = (inputs[block.group], block.layout, block.address) if shared else None
+        source, layout, places = inputs[records[0].group], records[0].layout, [r.address for r in records]
+        by_hand = np.ones((5, 192), F)
+        ops.expert_ffn(source, layout, places, offsets, tokens, tokens, by_hand, factors, also)
+        for most in (1, 4, 100):
+            out = np.ones_like(by_hand)
+            addresses, own = np.array(places, np.uint64), shared_weights if shared else None
+            used = ops.routed_ffn(source, layout, addresses, chosen, weights, out, most, also, own)
+            assert used == len(np.unique(chosen))
+            np.testing.assert_array_equal(out, by_hand)
+        return [by_hand]
+
+    (out,) = agrees(BOUND[path], run, path, "routed_ffn")
+    assert np.abs(out - 1).max() > 0.1
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -24,7 +24,7 @@ def random_matrix(codec: TileCodec, rows: int, cols: int, seed: int) -> Quantize
     return Quantized(codes, raw[0], raw[1])
 
 
-LIMIT, LIMIT_HIDDEN = 3.25, 4.5  # kCoarseLimit, kCoarseLimitHidden
+LIMIT, LIMIT_GATED = 3.25, 4.5  # kCoarseLimit, kCoarseLimitGated
 F = np.float32
 
 
@@ -143,7 +143,7 @@ def test_embed_is_the_dequantised_row_bit_for_bit(codec: TileCodec, isa: str) ->
 def ffn_reference(
     parts: list[tuple[TileCodec, Quantized]], x: np.ndarray, activations: str, padded: int, precise: bool
 ) -> np.ndarray:
-    limits = (0.0, 0.0) if precise else (LIMIT, LIMIT_HIDDEN)
+    limits = (0.0, 0.0) if precise else (LIMIT, LIMIT_GATED)
     gate, up = (expected_linear(codec, matrix, x, activations, limits[0]) for codec, matrix in parts[:2])
     hidden = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
     hidden = np.pad(hidden, ((0, 0), (0, padded - hidden.shape[1])))

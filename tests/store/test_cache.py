@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashmoe.errors import BudgetError, ReadError
@@ -49,10 +50,10 @@ def test_with_everything_in_memory_a_step_is_answered_at_once(make_world: MakeWo
     world = make_world(18, k=6)
     for layer in range(3):
         assert not world.cache.whole
-        slots = world.request(layer, range(6))
+        world.request(layer, range(6))
     assert world.cache.whole
     before = world.cache.stats()
-    assert world.cache.hit(2, [4, 0, 5]) == [slots[4], slots[0], slots[5]]
+    world.cache.hit(2, np.array([[4, 0], [5, 0]], np.int32), 3)
     total = world.cache.stats().since(before).total
     assert (total.hits, total.misses) == (3, 0)
     world.check()

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "flashmoe/float_kernels.h"
@@ -12,6 +13,12 @@ namespace flashmoe {
 
 // Tokens of a prompt whose keys and queries are prepared at a time: 4 MiB at the 35B shape.
 constexpr int64_t kDeltaTokens = 256;
+
+// Rows [begin, end) of a call go on with one sequence, whose state they advance.
+struct SequenceRows {
+  float* state = nullptr;
+  int64_t begin = 0, end = 0;
+};
 
 struct DeltaShape {
   int64_t tokens = 0, key_heads = 0, value_heads = 0, key_dim = 0, value_dim = 0;
@@ -47,11 +54,12 @@ class FloatOps {
   // rows of n values: one norm each.
   void gated_rms_norm(const float* o, const float* z, const float* w, int64_t rows, int64_t n, float eps,
                       float* out);
-  // w: [taps, channels].
-  void causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
-                     int64_t taps, float* out);
+  // w: [taps, channels].  Sequences' rows follow one another; no state serves two of them, here and below.
+  void causal_conv1d(const float* u, const float* w, std::span<const SequenceRows> sequences,
+                     int64_t channels, int64_t taps, float* out);
   void gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                        const float* a_log, const float* dt_bias, float* state, float* out);
+                        const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
+                        float* out);
   // q_norm, k_norm: null for none.
   void attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
                          const float* q_norm, const float* k_norm, float eps, const float* cos,
@@ -77,13 +85,15 @@ class FloatOps {
   int64_t scratch_nbytes() const { return scratch_.nbytes(); }
 
  private:
-  // At least one token, at most kDeltaTokens.
+  // At most kDeltaTokens, the rows of `sequences` counted from the first of mixed.
   void delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                  const float* a_log, const float* dt_bias, float* state, float* out);
+                  const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
+                  float* out);
 
   ThreadPool& pool_;
   const FloatKernels& kernels_;
   GrowOnly<float> scratch_;
+  std::vector<SequenceRows> rows_;
 };
 
 }  // namespace flashmoe

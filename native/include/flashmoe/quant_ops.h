@@ -33,10 +33,11 @@ class GrowOnly {
 };
 
 // Groups whose largest value exceeds this many times the row's root mean square get a low plane: 3 % of them
-// when values are normally distributed.  Between the two products of a feed-forward block values have longer
-// tails.
+// when values are normally distributed.  Products of a value and its gate have longer tails: two thirds of
+// the groups of an output projection's input would be marked with the lower limit, for no accuracy that can
+// be measured (docs/experiments.md).
 constexpr float kCoarseLimit = 3.25f;
-constexpr float kCoarseLimitHidden = 4.5f;
+constexpr float kCoarseLimitGated = 4.5f;
 
 // Planes of some tokens' activations in memory that only grows.
 class PlaneBuffer {
@@ -63,8 +64,9 @@ inline Activations activations_of(const PlaneRows& rows, bool precise, int64_t c
 class TokenInput {
  public:
   // x: [tokens, cols]; cols must be a multiple of group.  The f32 path keeps x itself, which must stay valid.
+  // limit: kCoarseLimit or kCoarseLimitGated.
   void set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens, int64_t cols,
-           int group, bool int8);
+           int group, bool int8, float limit);
   // precise: the low plane counts in every group.
   Activations view(bool precise) const;
   // Copies the rows `chosen` to `to` (int8 path) or `x` (f32 path, with their group sums to `sums`).
@@ -120,6 +122,19 @@ struct ExpertJob {
   bool precise = false;  // low planes count everywhere
 };
 
+// A layer of experts that are all in memory, and what its router chose.
+struct RoutedFfn {
+  const TokenInput* input = nullptr;
+  const FfnLayout* layout = nullptr;
+  std::span<const uint64_t> addresses;  // of the records; 0: not in memory
+  const int32_t* chosen = nullptr;      // [tokens, experts_per_token]
+  const float* weights = nullptr;       // as chosen
+  int64_t experts_per_token = 0;
+  int64_t most_pairs = 0;                 // computed together; more of them need more scratch memory
+  const ExpertJob* shared = nullptr;      // a block of every token (its input, layout and record), or null
+  const float* shared_weights = nullptr;  // [tokens]
+};
+
 constexpr size_t kMaxLinearWeights = 8;  // of one linear call
 
 // The last tasks of a product read about this much weight data: large against the microsecond a hand-over
@@ -136,9 +151,10 @@ class QuantOps {
 
   void prepare(TokenInput& input, const float* x, int64_t tokens, int64_t cols, int group);
 
-  // outs[i][t, r] = sum_c W_i[r, c] x[t, c]; x: [tokens, cols].  precise: see TokenInput.
+  // outs[i][t, r] = sum_c W_i[r, c] x[t, c]; x: [tokens, cols].  precise: see TokenInput; gated: x are
+  // products of values and their gates.
   void linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
-              std::span<float* const> outs, bool precise);
+              std::span<float* const> outs, bool precise, bool gated = false);
 
   // out[t, h, r] = sum_c W_h[r, c] x[t, h, c] for heads of W = [heads * rows, cols] one after another;
   // x_width and out_width are floats from head to head.  rows of a tile matrix: a multiple of 16.
@@ -153,6 +169,11 @@ class QuantOps {
   // the order given.
   void expert_ffn(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens,
                   std::span<const int32_t> rows, std::span<const float> weights, float* out);
+
+  // As expert_ffn with weights: the shared block, then the chosen experts by ascending number.  Returns how
+  // many experts that were.  Throws std::invalid_argument, before anything is computed, when one is not in
+  // memory.
+  int64_t routed_ffn(const RoutedFfn& call, float* out);
 
   // out[rows[p], :] = fma(weights[p], y[p, :], out[rows[p], :]) for p ascending.
   void combine(const float* y, int64_t cols, std::span<const int32_t> rows, std::span<const float> weights,
@@ -178,6 +199,7 @@ class QuantOps {
   void run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after);
   void run_down(const Job& job, int64_t tile_begin, int64_t tile_end, const uint8_t* after,
                 const int32_t* rows, const float* weights, float* out);
+  int64_t group_pairs(const RoutedFfn& call);
   void down_each(const int32_t* rows, float* out);
   void down_summed(const int32_t* rows, const float* weights, float* out);
   Activations hidden_view(const Job& job);
@@ -194,6 +216,12 @@ class QuantOps {
   GrowOnly<float> gathered_;
   GrowOnly<float> hidden_sums_;
   GrowOnly<float> apart_;
+  struct {
+    std::vector<int64_t> starts;  // of each expert's pairs
+    std::vector<int32_t> tokens;
+    std::vector<float> weights;
+    std::vector<ExpertJob> jobs;
+  } routed_;
   std::vector<Job> jobs_;
   std::vector<WorkRun> runs_;
   WorkSplit split_;

@@ -22,14 +22,16 @@ struct WorkRun {
 // bandwidth, because each began with cache misses that nothing had prefetched.
 class WorkSplit {
  public:
-  void cut(std::span<const WorkRun> runs, int threads, int64_t least) {
+  // share: of what is left, that the threads together take next.
+  void cut(std::span<const WorkRun> runs, int threads, int64_t least, double share = 0.5) {
     pieces_.clear();
     starts_.clear();
     int64_t left = 0;
     for (const WorkRun& run : runs) left += run.items * run.cost;
     Position at;
     while (left > 0) {
-      const int64_t target = std::max(least, left / (2 * threads));
+      const int64_t target =
+          std::max(least, static_cast<int64_t>(share * static_cast<double>(left)) / threads);
       for (int i = 0; i < threads && left > 0; ++i) left -= add_task(runs, target, at);
     }
     starts_.push_back(pieces_.size());

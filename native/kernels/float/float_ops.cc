@@ -17,6 +17,20 @@ double softplus(double x) { return x > 30.0 ? x : std::log1p(std::exp(x)); }
 // Rows small enough that several belong in one task.
 int64_t rows_per_task(int64_t n) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(n, 1)); }
 
+// Some channels of a sequence's state become the last rows of (state, u).  Few tokens leave rows of the old
+// one, which move up.
+void move_up(const SequenceRows& rows, const float* u, int64_t channels, int64_t past, int64_t first,
+             int64_t end) {
+  const int64_t tokens = rows.end - rows.begin, kept = std::max<int64_t>(past - tokens, 0);
+  const size_t nbytes = static_cast<size_t>(end - first) * sizeof(float);
+  for (int64_t r = 0; r < past; ++r) {
+    float* to = rows.state + r * channels + first;
+    const float* from = r < kept ? rows.state + (r + past - kept) * channels + first
+                                 : u + (rows.end - past + r) * channels + first;
+    if (to != from) std::memcpy(to, from, nbytes);
+  }
+}
+
 }  // namespace
 
 const FloatKernels& float_kernels(Isa isa) {
@@ -62,36 +76,60 @@ void FloatOps::gated_rms_norm(const float* o, const float* z, const float* w, in
   });
 }
 
-void FloatOps::causal_conv1d(const float* u, const float* w, float* state, int64_t tokens, int64_t channels,
-                             int64_t taps, float* out) {
+void FloatOps::causal_conv1d(const float* u, const float* w, std::span<const SequenceRows> sequences,
+                             int64_t channels, int64_t taps, float* out) {
   constexpr int64_t kTokens = 16, kChannels = 2048;
-  const int64_t columns = tasks_of(channels, kChannels);
-  pool_.parallel_for(tasks_of(tokens, kTokens) * columns, [&](int64_t task) {
-    const int64_t token = task / columns * kTokens, channel = task % columns * kChannels;
-    kernels_.causal_conv({u, w, state, out, channels, taps, token, std::min(token + kTokens, tokens), channel,
-                          std::min(channel + kChannels, channels)});
-  });
-  // The new state is the last rows of (state, u).  Few tokens leave rows of the old one, which move up.
-  const int64_t past = taps - 1, kept = std::max<int64_t>(past - tokens, 0);
-  std::memmove(state, state + (past - kept) * channels, static_cast<size_t>(kept * channels) * sizeof(float));
-  std::memcpy(state + kept * channels, u + (tokens - past + kept) * channels,
-              static_cast<size_t>((past - kept) * channels) * sizeof(float));
+  const int64_t columns = tasks_of(channels, kChannels), past = taps - 1;
+  // Rows [begin, end) of a sequence, some columns.
+  const auto convolve = [&](const SequenceRows& rows, int64_t begin, int64_t end, int64_t column) {
+    const int64_t first = column * kChannels, at = rows.begin * channels;
+    kernels_.causal_conv({u + at, w, rows.state, out + at, channels, taps, begin - rows.begin,
+                          end - rows.begin, first, std::min(first + kChannels, channels)});
+  };
+  const auto is_short = [](const SequenceRows& rows) { return rows.end - rows.begin <= kTokens; };
+  if (std::all_of(sequences.begin(), sequences.end(), is_short)) {
+    // One region for all of them; whoever has used some columns of a state moves them up.
+    pool_.parallel_for(static_cast<int64_t>(sequences.size()) * columns, [&](int64_t task) {
+      const SequenceRows& rows = sequences[static_cast<size_t>(task / columns)];
+      const int64_t column = task % columns, first = column * kChannels;
+      convolve(rows, rows.begin, rows.end, column);
+      move_up(rows, u, channels, past, first, std::min(first + kChannels, channels));
+    });
+    return;
+  }
+  for (const SequenceRows& rows : sequences) {
+    pool_.parallel_for(tasks_of(rows.end - rows.begin, kTokens) * columns, [&](int64_t task) {
+      const int64_t begin = rows.begin + task / columns * kTokens;
+      convolve(rows, begin, std::min(begin + kTokens, rows.end), task % columns);
+    });
+    move_up(rows, u, channels, past, 0, channels);
+  }
 }
 
 void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                                const float* a_log, const float* dt_bias, float* state, float* out) {
+                                const float* a_log, const float* dt_bias,
+                                std::span<const SequenceRows> sequences, float* out) {
   // Every head passes over its keys and queries once for 32 of its columns: they must stay in the caches.
-  for (int64_t first = 0; first < shape.tokens; first += kDeltaTokens) {
-    DeltaShape part = shape;
-    part.tokens = std::min(kDeltaTokens, shape.tokens - first);
-    delta_part(part, mixed + first * shape.channels(), a + first * shape.value_heads,
-               b + first * shape.value_heads, a_log, dt_bias, state,
-               out + first * shape.value_heads * shape.value_dim);
+  const auto part = [&](int64_t begin, int64_t end, std::span<const SequenceRows> rows) {
+    DeltaShape of = shape;
+    of.tokens = end - begin;
+    delta_part(of, mixed + begin * shape.channels(), a + begin * shape.value_heads,
+               b + begin * shape.value_heads, a_log, dt_bias, rows,
+               out + begin * shape.value_heads * shape.value_dim);
+  };
+  if (shape.tokens <= kDeltaTokens) return part(0, shape.tokens, sequences);
+  for (const SequenceRows& rows : sequences) {
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kDeltaTokens) {
+      const int64_t end = std::min(begin + kDeltaTokens, rows.end);
+      const SequenceRows own{rows.state, 0, end - begin};
+      part(begin, end, {&own, 1});
+    }
   }
 }
 
 void FloatOps::delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                          const float* a_log, const float* dt_bias, float* state, float* out) {
+                          const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
+                          float* out) {
   const int64_t keys = shape.key_heads * shape.key_dim, heads = shape.value_heads;
   float* q = scratch_.at_least(shape.tokens * (2 * keys + shape.key_heads + 2 * heads));
   float* k = q + shape.tokens * keys;
@@ -115,23 +153,25 @@ void FloatOps::delta_part(const DeltaShape& shape, const float* mixed, const flo
     }
   });
   const int64_t ratio = heads / shape.key_heads;
-  pool_.parallel_for(heads, [&](int64_t h) {
-    const int64_t key_head = h / ratio;
+  pool_.parallel_for(static_cast<int64_t>(sequences.size()) * heads, [&](int64_t task) {
+    const SequenceRows& rows = sequences[static_cast<size_t>(task / heads)];
+    if (rows.begin == rows.end) return;
+    const int64_t h = task % heads, key_head = h / ratio, first = rows.begin;
     DeltaStep step;
-    step.q = q + key_head * shape.key_dim;
-    step.k = k + key_head * shape.key_dim;
+    step.q = q + first * keys + key_head * shape.key_dim;
+    step.k = k + first * keys + key_head * shape.key_dim;
     step.qk_stride = keys;
-    step.kq = kq + key_head;
+    step.kq = kq + first * shape.key_heads + key_head;
     step.kq_stride = shape.key_heads;
-    step.v = mixed + 2 * keys + h * shape.value_dim;
+    step.v = mixed + first * shape.channels() + 2 * keys + h * shape.value_dim;
     step.v_stride = shape.channels();
-    step.beta = beta + h;
-    step.decay = decay + h;
+    step.beta = beta + first * heads + h;
+    step.decay = decay + first * heads + h;
     step.gate_stride = heads;
-    step.state = state + h * shape.key_dim * shape.value_dim;
-    step.out = out + h * shape.value_dim;
+    step.state = rows.state + h * shape.key_dim * shape.value_dim;
+    step.out = out + (first * heads + h) * shape.value_dim;
     step.out_stride = heads * shape.value_dim;
-    step.tokens = shape.tokens;
+    step.tokens = rows.end - rows.begin;
     step.key_dim = shape.key_dim;
     step.value_dim = shape.value_dim;
     kernels_.delta_head(step);

@@ -40,7 +40,7 @@ int64_t PlaneBuffer::nbytes() const {
 }
 
 void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens,
-                     int64_t cols, int group, bool int8) {
+                     int64_t cols, int group, bool int8, float limit) {
   float* sums = int8 ? nullptr : f32_sums_.at_least(tokens * cols / group);
   if (int8) {
     planes_.reserve(tokens * cols);
@@ -51,7 +51,7 @@ void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float*
     const int64_t end = std::min(tokens, (task + 1) * together);
     for (int64_t t = task * together; t < end; ++t) {
       if (int8) {
-        kernels.quantize(x + t * cols, cols, group, kCoarseLimit, t, rows_);
+        kernels.quantize(x + t * cols, cols, group, limit, t, rows_);
       } else {
         kernels.group_sums(x + t * cols, cols, group, t, tokens, sums);
       }
@@ -162,11 +162,11 @@ void TokenInput::gather_f32(std::span<const int32_t> chosen, float* x, float* su
 }
 
 void QuantOps::prepare(TokenInput& input, const float* x, int64_t tokens, int64_t cols, int group) {
-  input.set(kernels_, pool_, x, tokens, cols, group, int8_);
+  input.set(kernels_, pool_, x, tokens, cols, group, int8_, kCoarseLimit);
 }
 
 void QuantOps::linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
-                      std::span<float* const> outs, bool precise) {
+                      std::span<float* const> outs, bool precise, bool gated) {
   WorkRun runs[kMaxLinearWeights];
   bool ready[2] = {false, false};
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -176,7 +176,10 @@ void QuantOps::linear(const float* x, int64_t tokens, int64_t cols, std::span<co
     }
     const TileMatrix& w = std::get<TileMatrix>(weights[i]);
     const int slot = w.group == 64 ? 1 : 0;
-    if (!ready[slot]) prepare(linear_input_[slot], x, tokens, cols, w.group);
+    if (!ready[slot]) {
+      linear_input_[slot].set(kernels_, pool_, x, tokens, cols, w.group, int8_,
+                              gated ? kCoarseLimitGated : kCoarseLimit);
+    }
     ready[slot] = true;
     runs[i] = {w.row_tiles(), w.groups * w.tile_stride};
   }

@@ -157,7 +157,7 @@ def observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
         "drive_busy_share": busy / seconds,
         "read_seconds": done.missed_bytes / rate if rate else 0.0,
         "kernel_seconds": sum(operations.values()),
-        "expert_seconds": operations.get("expert_ffn", 0.0),
+        "expert_seconds": operations.get("expert_ffn", 0.0) + operations.get("routed_ffn", 0.0),
         "experts_asked": total.hits + total.misses,
         "stall_share": total.stall_seconds / seconds,
         "queue_depth": done.queue_depth,

@@ -12,6 +12,7 @@ import numpy as np
 from flashmoe.bundle.codecs import FfnLayout
 from flashmoe.engine.lookahead import TAIL, Lookahead, reads_ahead
 from flashmoe.kernels.cpu import CpuOps
+from flashmoe.kernels.ops import U64
 from flashmoe.nn.blocks import Foresight
 from flashmoe.nn.moe import FEW
 from flashmoe.nn.weights import F32, I32
@@ -74,17 +75,20 @@ class StreamedExperts:
         experts: int = 0,
         usage: UsageCounts | None = None,
         recorder: TraceWriter | None = None,
+        most_pairs: int = 2048,
     ) -> None:
         """layouts: layer -> layout of its records; experts: of each layer; usage: counts what is asked for.
 
-        recorder: hears what routers pick.
+        recorder: hears what routers pick.  most_pairs: computed together where no read has to be waited for; the plan
+        of memory has room for those of a prefill chunk.
         """
         self._ops, self._cache, self._usage, self._recorder = ops, cache, usage, recorder
         self.lookahead = Lookahead(cache, lookahead)
         self._every_expert, self._successor = range(experts), dict(itertools.pairwise(layouts))
         self._everyone, self._slots = np.arange(FEW, dtype=np.int32), arena.count
-        self._only = np.zeros(1 + cache.experts_per_token, np.int32)  # the one token of each pair
         self._base, self._stride = arena.address, arena.record_nbytes
+        self._addresses: dict[int, U64] = {}  # layer -> its records, while every expert is in memory
+        self._most_pairs = most_pairs
         self._layouts = {
             layer: (ops.ffn_layout(layout), layout.gate_up.group) for layer, layout in layouts.items()
         }
@@ -116,9 +120,10 @@ class StreamedExperts:
             block = (self._inputs[shared.group], shared.layout, shared.address)
         else:
             shared_weights = shared_weights[:0]
-        if len(x) == 1 and self._cache.whole:
-            self._one_token(layer, layout, group, chosen[0], weights[0], block, shared_weights, out)
+        if self._cache.whole:
+            self._resident(layer, layout, group, chosen, weights, block, shared_weights, out)
             return
+        self._addresses.clear()  # what leaves may come back elsewhere
         pairs = Pairs(chosen, weights)
         # A request holds all its experts at once; a pool that it would fill serves a prompt's stream better.
         if len(x) == 1 or (len(x) <= FEW and 2 * len(pairs.experts) <= self._slots):
@@ -126,7 +131,7 @@ class StreamedExperts:
         else:
             self._many_tokens(layer, layout, group, pairs, block, shared_weights, out)
 
-    def _one_token(
+    def _resident(
         self,
         layer: int,
         layout: Any,
@@ -137,21 +142,32 @@ class StreamedExperts:
         shared_weights: F32,
         out: F32,
     ) -> None:
-        """As _few_tokens, of experts that are all in memory: nothing to read, to guess or to keep apart.
+        """Every expert is in memory: nothing to read, to guess or to keep apart, and the kernel groups the pairs.
 
-        What the interpreter touches here stands in memory, not in a cache, after each layer's weights.
+        What the interpreter touches stands in memory, not in a cache, after each layer's weights: 0.3 ms a layer with
+        eight tokens, where it takes 0.06 while it is warm.
         """
-        order, shared = chosen.argsort(kind="stable"), len(shared_weights)
-        factors = np.empty(shared + len(order), np.float32)
-        factors[:shared] = shared_weights
-        weights.take(order, out=factors[shared:])
-        slots = self._cache.hit(layer, chosen[order].tolist())
-        addresses = [self._base + slot * self._stride for slot in slots]
-        tokens = self._only[: len(factors)]
-        offsets = range(shared, len(factors) + 1)
-        self._ops.expert_ffn(
-            self._inputs[group], layout, addresses, [*offsets], tokens, tokens, out, factors, block
+        addresses = self._addresses.get(layer)
+        if addresses is None:
+            addresses = self._addresses[layer] = self._places(layer)
+        distinct = self._ops.routed_ffn(
+            self._inputs[group],
+            layout,
+            addresses,
+            chosen,
+            weights,
+            out,
+            len(chosen) * chosen.shape[1] if len(chosen) <= FEW else self._most_pairs,
+            block,
+            None if block is None else shared_weights,
         )
+        self._cache.hit(layer, chosen, distinct)
+
+    def _places(self, layer: int) -> U64:
+        """Address of each expert's record."""
+        resident = self._cache.resident(layer)
+        slots = np.array([resident[expert] for expert in range(len(resident))], np.uint64)
+        return self._base + slots * np.uint64(self._stride)
 
     def _few_tokens(
         self,

@@ -116,6 +116,7 @@ def load(path: Path, options: EngineOptions) -> Parts:
         config.num_experts,
         warming.counts,
         recorder,
+        plan.prefill_chunk,
     )
     token_nbytes = _token_nbytes(bundle, per_token) + architecture.state_traffic()
     states = [model.new_state(kv_dtype) for _ in range(options.sequences)]

@@ -14,6 +14,7 @@ import numpy as np
 from flashmoe.bundle.codecs import U8, FfnLayout, TileCodec
 from flashmoe.engine.engine import Engine
 from flashmoe.engine.experts import Pairs
+from flashmoe.kernels.ops import U64
 from flashmoe.nn.weights import F32, I32
 
 
@@ -65,10 +66,11 @@ class Observer:
         self._parts = engine._parts
         self._ops, self._names = self._parts.ops, self._parts.weights.handles
         self._linear, self._prepare = self._ops.linear, self._ops.prepare
-        self._expert_ffn, self._experts = self._ops.expert_ffn, self._parts.experts
+        self._expert_ffn, self._routed_ffn = self._ops.expert_ffn, self._ops.routed_ffn
+        self._experts = self._parts.experts
         self._inputs: dict[int, F32] = {}  # of prepared inputs, by identity
         self._ops.linear, self._ops.prepare = self.linear, self.prepare
-        self._ops.expert_ffn = self.expert_ffn
+        self._ops.expert_ffn, self._ops.routed_ffn = self.expert_ffn, self.routed_ffn
         self._parts.experts = self  # type: ignore[assignment]
         self.set_trial(Trial())
 
@@ -84,14 +86,21 @@ class Observer:
             name: ops.ffn_weights(data, layout) for name, (data, layout) in trial.records.items()
         }
 
-    def linear(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], precise: bool = False) -> None:
+    def linear(
+        self,
+        x: F32,
+        weights: Sequence[Any],
+        outs: Sequence[F32],
+        precise: bool = False,
+        gated: bool = False,
+    ) -> None:
         """See kernels.ops."""
         names = [self._names.get(id(weight), "") for weight in weights]
         if self.watcher is not None:
             for name in names:
                 self.watcher.matrix(name, x)
         tried = [self._handles.get(name, weight) for name, weight in zip(names, weights, strict=True)]
-        self._linear(x, tried, outs, precise)
+        self._linear(x, tried, outs, precise, gated)
 
     def prepare(self, input: Any, x: F32, group: int) -> None:
         """See kernels.ops."""
@@ -111,16 +120,40 @@ class Observer:
         shared: tuple[Any, Any, int] | None = None,
     ) -> None:
         """See kernels.ops."""
-        if shared is not None:
-            name = self._names.get(shared[2], "")
-            if self.watcher is not None:
-                self.watcher.record(name, self._inputs[id(shared[0])])
-            record = self._records.get(name)
-            if record is not None:
-                other = self._ops.token_input()
-                self._prepare(other, self._inputs[id(shared[0])], record.group)
-                shared = (other, record.layout, record.address)
+        shared = self._seen_block(shared)
         self._expert_ffn(input, layout, addresses, offsets, tokens, rows, out, weights, shared)
+
+    def routed_ffn(
+        self,
+        input: Any,
+        layout: Any,
+        addresses: U64,
+        chosen: I32,
+        weights: F32,
+        out: F32,
+        most_pairs: int,
+        shared: tuple[Any, Any, int] | None = None,
+        shared_weights: F32 | None = None,
+    ) -> int:
+        """See kernels.ops."""
+        shared = self._seen_block(shared)
+        return self._routed_ffn(
+            input, layout, addresses, chosen, weights, out, most_pairs, shared, shared_weights
+        )
+
+    def _seen_block(self, shared: tuple[Any, Any, int] | None) -> tuple[Any, Any, int] | None:
+        """The block of every token as the trial has it, after the watcher has seen its input."""
+        if shared is None:
+            return None
+        name = self._names.get(shared[2], "")
+        if self.watcher is not None:
+            self.watcher.record(name, self._inputs[id(shared[0])])
+        record = self._records.get(name)
+        if record is None:
+            return shared
+        other = self._ops.token_input()
+        self._prepare(other, self._inputs[id(shared[0])], record.group)
+        return other, record.layout, record.address
 
     def run(
         self,

@@ -21,6 +21,7 @@ OPERATIONS = [
     "linear",
     "prepare",
     "expert_ffn",
+    "routed_ffn",
     "combine",
     "sigmoid",
     "rms_norm",

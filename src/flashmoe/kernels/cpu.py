@@ -61,6 +61,7 @@ class CpuOps:
         self.linear, self.embed, self.sigmoid = quant.linear, quant.embed, quant.sigmoid
         self.head_linear = quant.head_linear
         self.prepare, self.expert_ffn, self.combine = quant.prepare, quant.expert_ffn, quant.combine
+        self.routed_ffn = quant.routed_ffn
         self.rms_norm, self.add_rms_norm = floats.rms_norm, floats.add_rms_norm
         self.gated_rms_norm = floats.gated_rms_norm
         self.causal_conv1d, self.gated_delta_rule = floats.causal_conv1d, floats.gated_delta_rule

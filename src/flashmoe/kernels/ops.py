@@ -23,6 +23,7 @@ from flashmoe.kernels.kv_cache import Cache
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+U64 = NDArray[np.uint64]
 
 
 class Tolerance(NamedTuple):
@@ -60,6 +61,7 @@ TOLERANCE: Mapping[str, Tolerance] = {
     "linear": Tolerance(0.0, 2e-5),  # on both activation paths: planes and integer sums are exact
     "combine": Tolerance(2e-7, 0.0),
     "expert_ffn": Tolerance(0.0, 2e-5),
+    "routed_ffn": Tolerance(0.0, 2e-5),
     # About one hidden value in 20,000 lies so near a half that float32 and float64 round it to different sides: a
     # step of 1/127 of its group's largest (1/16,256 where the low plane counts) times a weight of the down matrix.
     # At least nine results in ten keep within the bound above.
@@ -119,15 +121,24 @@ class MatrixOps(Protocol):
 
     int8, G values x with m = max|x|:  x ~ m / 127 * (high + low / 128), high = round(127 x / m), low = round(128 (127 x
     / m - high)), halves to even.  low counts in groups whose m exceeds COARSE_LIMIT times the root mean square of the
-    row (COARSE_LIMIT_HIDDEN between the products of a feed-forward block), and in all groups of `precise` calls.
+    row (COARSE_LIMIT_GATED where x are `gated`, as between the products of a feed-forward block), and in all groups of
+    `precise` calls.
     A row of W is sum over groups of scale * (codes . x) + bias * sum(x), both with the quantised x.  A token with a
     value that is not finite (or above 1e19) gives NaN.
     """
 
-    def linear(self, x: F32, weights: Sequence[Any], outs: Sequence[F32], precise: bool = False) -> None:
+    def linear(
+        self,
+        x: F32,
+        weights: Sequence[Any],
+        outs: Sequence[F32],
+        precise: bool = False,
+        gated: bool = False,
+    ) -> None:
         """outs[i][t, :] = W_i x[t] (+ bias_i); x [T, K], W_i [N_i, K], outs[i] [T, N_i]; at most 8 matrices.
 
-        precise: low planes count everywhere (router and output head, whose small differences decide).
+        precise: low planes count everywhere (router and output head, whose small differences decide).  gated: x are
+        products of values and gates; their limit is COARSE_LIMIT_GATED.
         """
 
     def head_linear(self, x: F32, weight: Any, out: F32, precise: bool = False) -> None:
@@ -171,6 +182,26 @@ class MatrixOps(Protocol):
         out[rows[p]]), records in the order given: the sum of a mixture of experts has one fixed order.
         """
 
+    def routed_ffn(
+        self,
+        input: Any,
+        layout: Any,
+        addresses: U64,
+        chosen: I32,
+        weights: F32,
+        out: F32,
+        most_pairs: int,
+        shared: tuple[Any, Any, int] | None = None,
+        shared_weights: F32 | None = None,
+    ) -> int:
+        """A layer whose experts are all in memory: expert_ffn with weights, grouped by the kernel; the same bits.
+
+        out[t] += shared_weights[t] * shared(x[t]), then weights[t, i] * expert chosen[t, i] by ascending number, one
+        fused multiply-add each; chosen int32 [T, k], weights [T, k], out [T, H].  addresses uint64 [E], 0 where there
+        is none: to choose it raises ValueError.  most_pairs: computed together, but whole experts always; scratch
+        memory grows with it.  Returns how many different experts were chosen.
+        """
+
     def combine(self, y: F32, rows: I32, weights: F32, out: F32) -> None:
         """out[rows[p]] = fma(weights[p], y[p], out[rows[p]]) for p ascending; y [>= P, H], rows int32 [P], out [R, H].
 
@@ -193,20 +224,31 @@ class FloatOps(Protocol):
     def gated_rms_norm(self, o: F32, z: F32, w: F32, eps: float, out: F32) -> None:
         """out = o / sqrt(mean(o^2) + eps) * w * silu(z) per row of len(w) values; o, z, out of one size."""
 
-    def causal_conv1d(self, u: F32, w: F32, state: F32, out: F32) -> None:
+    def causal_conv1d(self, u: F32, w: F32, states: Sequence[F32], ends: Sequence[int], out: F32) -> None:
         """out[t, c] = silu(sum over j of w[j, c] * u[t - J + 1 + j, c]); u, out [T, C], w [J, C], taps outermost.
 
-        state [J - 1, C] holds the rows before u and then the last J - 1 rows of (state, u).  J >= 2.
+        Rows of one sequence follow those of another: sequence i has those up to ends[i] that no earlier one has.
+        states[i] [J - 1, C] holds the rows before them and then the last J - 1 rows of (state, rows).  J >= 2.
         """
 
     def gated_delta_rule(
-        self, mixed: F32, a: F32, b: F32, a_log: F32, dt_bias: F32, state: F32, out: F32, key_heads: int
+        self,
+        mixed: F32,
+        a: F32,
+        b: F32,
+        a_log: F32,
+        dt_bias: F32,
+        states: Sequence[F32],
+        ends: Sequence[int],
+        out: F32,
+        key_heads: int,
     ) -> None:
         """The recurrence of a Gated DeltaNet (arXiv 2412.06464), token by token.
 
-        mixed [T, 2 * Hk * Dk + Hv * Dv] holds q, k and v side by side; a, b [T, Hv]; a_log, dt_bias [Hv]; state
-        [Hv, Dk, Dv] in and out; out [T, Hv, Dv].  Dk: a multiple of 4, at most 512.  Value head h uses key head
-        h // (Hv / Hk); l2(x) = x / sqrt(sum(x^2) + 1e-6).
+        mixed [T, 2 * Hk * Dk + Hv * Dv] holds q, k and v side by side; a, b [T, Hv]; a_log, dt_bias [Hv]; out
+        [T, Hv, Dv].  states[i] [Hv, Dk, Dv], in and out, is that of sequence i, whose rows end at ends[i] as in
+        causal_conv1d.  Dk: a multiple of 4, at most 512.  Value head h uses key head h // (Hv / Hk); l2(x) = x /
+        sqrt(sum(x^2) + 1e-6).
 
             q = l2(q) / sqrt(Dk),  k = l2(k),  beta = sigmoid(b),  g = -exp(a_log) * softplus(a + dt_bias)
             S = exp(g) S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q

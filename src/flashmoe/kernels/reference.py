@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.kv_cache import Cache, load_keys, load_values, store_keys, store_values
-from flashmoe.kernels.ops import F32, I32
+from flashmoe.kernels.ops import F32, I32, U64
 from flashmoe.kernels.reference_delta import delta_inputs, recurrent
 from flashmoe.kernels.reference_quant import (
     F64,
     ReferenceInput,
     ReferenceRecord,
     ReferenceWeight,
+    coarse_limit,
     feed_forward,
     sigmoid,
 )
@@ -72,18 +73,27 @@ class ReferenceOps:
     # Products
 
     def linear(
-        self, x: F32, weights: Sequence[ReferenceWeight], outs: Sequence[F32], precise: bool = False
+        self,
+        x: F32,
+        weights: Sequence[ReferenceWeight],
+        outs: Sequence[F32],
+        precise: bool = False,
+        gated: bool = False,
     ) -> None:
         """See Ops."""
         for weight, out in zip(weights, outs, strict=True):
-            out.reshape(len(x), weight.rows)[...] = weight.product(x, precise, self._int8)
+            out.reshape(len(x), weight.rows)[...] = weight.product(
+                x, coarse_limit(precise, gated), self._int8
+            )
 
     def head_linear(self, x: F32, weight: ReferenceWeight, out: F32, precise: bool = False) -> None:
         """See Ops."""
         heads, rows = x.shape[1], weight.rows // x.shape[1]
         values = weight.values.astype(np.float64).reshape(heads, rows, weight.cols)
         for h in range(heads):
-            source = weight.seen(np.ascontiguousarray(x[:, h, : weight.cols]), precise, self._int8)
+            source = weight.seen(
+                np.ascontiguousarray(x[:, h, : weight.cols]), coarse_limit(precise), self._int8
+            )
             out[:, h, :rows] = source @ values[h].T
             if weight.bias is not None:
                 out[:, h, :rows] += weight.bias[h * rows : (h + 1) * rows]
@@ -123,6 +133,31 @@ class ReferenceOps:
             else:
                 self.combine(y, rows[begin:end], weights[begin:end], out)
 
+    def routed_ffn(
+        self,
+        input: ReferenceInput,
+        layout: FfnLayout,
+        addresses: U64,
+        chosen: I32,
+        weights: F32,
+        out: F32,
+        most_pairs: int,
+        shared: tuple[ReferenceInput, FfnLayout, int] | None = None,
+        shared_weights: F32 | None = None,
+    ) -> int:
+        """See Ops."""
+        everyone = np.arange(len(chosen), dtype=np.int32)
+        if shared is not None:
+            self.expert_ffn(input, layout, [], [len(chosen)], everyone, everyone, out, shared_weights, shared)
+        experts = np.unique(chosen)
+        for expert in experts:
+            tokens, places = np.nonzero(chosen == expert)
+            rows, address = tokens.astype(np.int32), int(addresses[expert])
+            self.expert_ffn(
+                input, layout, [address], [0, len(rows)], rows, rows, out, weights[tokens, places]
+            )
+        return len(experts)
+
     def combine(self, y: F32 | F64, rows: I32, weights: F32, out: F32) -> None:
         """See Ops; one rounding a step, as a fused multiply-add has."""
         for values, row, weight in zip(y, rows, weights, strict=False):
@@ -149,23 +184,34 @@ class ReferenceOps:
         normed = _normalised(o.reshape(-1, len(w)), eps) * w
         out.reshape(-1, len(w))[...] = normed * gate * sigmoid(gate)
 
-    def causal_conv1d(self, u: F32, w: F32, state: F32, out: F32) -> None:
+    def causal_conv1d(self, u: F32, w: F32, states: Sequence[F32], ends: Sequence[int], out: F32) -> None:
         """See Ops."""
-        taps, tokens = len(w), len(u)
-        rows = np.concatenate([state, u])
-        for t in range(tokens):
-            total = (rows[t : t + taps].astype(np.float64) * w).sum(0)
-            out[t] = total * sigmoid(total)
-        state[...] = rows[tokens:]
+        for state, begin, end in zip(states, [0, *ends], ends, strict=False):
+            rows = np.concatenate([state, u[begin:end]])
+            for t in range(end - begin):
+                total = (rows[t : t + len(w)].astype(np.float64) * w).sum(0)
+                out[begin + t] = total * sigmoid(total)
+            state[...] = rows[end - begin :]
 
     def gated_delta_rule(
-        self, mixed: F32, a: F32, b: F32, a_log: F32, dt_bias: F32, state: F32, out: F32, key_heads: int
+        self,
+        mixed: F32,
+        a: F32,
+        b: F32,
+        a_log: F32,
+        dt_bias: F32,
+        states: Sequence[F32],
+        ends: Sequence[int],
+        out: F32,
+        key_heads: int,
     ) -> None:
         """See Ops."""
-        inputs = delta_inputs(mixed, a, b, a_log, dt_bias, state.shape, key_heads)
-        result, after = recurrent(inputs, state.astype(np.float64))
-        out.reshape(result.shape)[...] = result
-        state[...] = after
+        for state, begin, end in zip(states, [0, *ends], ends, strict=False):
+            own = slice(begin, end)
+            inputs = delta_inputs(mixed[own], a[own], b[own], a_log, dt_bias, state.shape, key_heads)
+            result, after = recurrent(inputs, state.astype(np.float64))
+            out.reshape(-1, *result.shape[1:])[own] = result
+            state[...] = after
 
     def attention_prepare(
         self,

@@ -25,9 +25,16 @@ from flashmoe.kernels.ops import F32
 F64 = NDArray[np.float64]
 
 # In units of a row's root mean square: groups with a larger value get a low plane.  Measured on the demo model's
-# activations (docs/experiments.md); between the two products of a feed-forward block tails are longer.
-COARSE_LIMIT, COARSE_LIMIT_HIDDEN = 3.25, 4.5
+# activations (docs/experiments.md); products of values and gates have longer tails.
+COARSE_LIMIT, COARSE_LIMIT_GATED = 3.25, 4.5
 PRECISE = 0.0  # every group gets one
+
+
+def coarse_limit(precise: bool, gated: bool = False) -> float:
+    """Of a product: see MatrixOps."""
+    if precise:
+        return PRECISE
+    return COARSE_LIMIT_GATED if gated else COARSE_LIMIT
 
 
 def sigmoid(x: F64) -> F64:
@@ -81,16 +88,18 @@ class ReferenceWeight:
         half = half_to_f32(raw.view(np.uint16), "f16" if codec.dtype == "f16" else "bf16")
         return half.reshape(self.rows, self.cols)
 
-    def product(self, x: F32, precise: bool, int8: bool) -> F64:
+    def product(self, x: F32, limit: float, int8: bool) -> F64:
         """x W^T, [T, rows]."""
         bias = 0.0 if self.bias is None else self.bias.astype(np.float64)
-        return self.seen(x, precise, int8) @ self.values.T.astype(np.float64) + bias
+        return self.seen(x, limit, int8) @ self.values.T.astype(np.float64) + bias
 
-    def seen(self, x: F32, precise: bool, int8: bool) -> F64:
+    def seen(self, x: F32, limit: float, int8: bool) -> F64:
         """x [T, cols] as the product sees it."""
-        if isinstance(self.codec, TileCodec):
-            return seen(x, self.codec.group, PRECISE if precise else COARSE_LIMIT, int8)
-        return x.astype(np.float64)
+        return (
+            seen(x, self.codec.group, limit, int8)
+            if isinstance(self.codec, TileCodec)
+            else x.astype(np.float64)
+        )
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,11 @@ class ReferenceInput:
 def feed_forward(x: F32, layout: FfnLayout, address: int, precise: bool, int8: bool) -> F64:
     """W_down glu(W_gate x, W_up x) of the record at `address` with its biases, [T, hidden]."""
     (gate, up, down), biases = _record_values(layout, address)
-    source = seen(x, layout.gate_up.group, PRECISE if precise else COARSE_LIMIT, int8)
+    source = seen(x, layout.gate_up.group, coarse_limit(precise), int8)
     hidden = _joined(source @ gate.T + biases.gate, source @ up.T + biases.up, layout)
     padded = np.zeros((len(x), layout.intermediate_padded), np.float32)
     padded[:, : layout.intermediate] = hidden
-    limit = PRECISE if precise else COARSE_LIMIT_HIDDEN
-    return seen(padded, layout.down.group, limit, int8) @ down.T + biases.down
+    return seen(padded, layout.down.group, coarse_limit(precise, gated=True), int8) @ down.T + biases.down
 
 
 def _joined(gate: F64, up: F64, layout: FfnLayout) -> F64:

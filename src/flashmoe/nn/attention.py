@@ -193,4 +193,4 @@ class Attention:
             ops.attention(
                 q[rows], cache.keys, cache.values, position, gate, mixed[rows], shape.window, self._sinks
             )
-        ops.linear(mixed, self._out_proj, [out])
+        ops.linear(mixed, self._out_proj, [out], gated=shape.gated)

@@ -134,21 +134,12 @@ class GatedDeltaNet:
         a = work.get("a", (tokens, shape.value_heads))
         ops.linear(x, self._projections, [qkv, z, b, a])
         mixed = work.get("mixed", (tokens, shape.channels))
-        for state, _, rows in parts:
-            ops.causal_conv1d(qkv[rows], self._conv, state.conv, mixed[rows])
+        ends = [rows.stop for _, _, rows in parts]
+        ops.causal_conv1d(qkv, self._conv, [state.conv for state, _, _ in parts], ends, mixed)
         # The projections have been consumed: the recurrence may write over them.
         read = work.get("qkv", (tokens, shape.value_heads, shape.value_dim))
-        for state, _, rows in parts:
-            ops.gated_delta_rule(
-                mixed[rows],
-                a[rows],
-                b[rows],
-                self._a_log,
-                self._dt_bias,
-                state.memory,
-                read[rows],
-                shape.key_heads,
-            )
+        memories = [state.memory for state, _, _ in parts]
+        ops.gated_delta_rule(mixed, a, b, self._a_log, self._dt_bias, memories, ends, read, shape.key_heads)
         gated = work.get("mixed", (tokens, shape.values))
         ops.gated_rms_norm(read, z, self._norm, shape.eps, gated)
-        ops.linear(gated, self._out_proj, [out])
+        ops.linear(gated, self._out_proj, [out], gated=True)

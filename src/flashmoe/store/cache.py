@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashmoe.errors import BudgetError, ReadError
 from flashmoe.store.activity import IN_FLIGHT, RESIDENT, Activity
 from flashmoe.store.policies.base import Policy
@@ -91,12 +94,14 @@ class ExpertCache:
         """Whether every expert of every layer is resident."""
         return self._present == self._experts > 0
 
-    def hit(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """The slots of experts that are all resident, in the order given; else as request(), and valid until it."""
-        self._begin(layer, experts)
-        resident, counts = self._resident[layer], self._layer_stats[layer]
-        counts.hits += len(experts)
-        return [resident[expert] for expert in experts]
+    def hit(self, layer: int, chosen: NDArray[np.int32], distinct: int) -> None:
+        """Of a cache that is whole: a step has used so many of a layer's experts, `chosen` with repetitions.
+
+        No policy hears of it, for none will have to choose a victim.
+        """
+        if self._activity is not None:
+            self._activity.asked(layer, np.unique(chosen).tolist(), self._resident[layer])
+        self._layer_stats[layer].hits += distinct
 
     def stream(
         self, layer: int, experts: Sequence[int], most: int, then: tuple[int, Sequence[int]] | None = None
