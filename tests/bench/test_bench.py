@@ -91,7 +91,7 @@ def test_profile_adds_up(bench: Workbench) -> None:
     native = sum(report["operations"].values())
     assert 0 < native < report["seconds_per_token"]
     assert report["python_share"] == pytest.approx(1 - native / report["seconds_per_token"])
-    assert {"linear", "expert_ffn", "attention"} <= set(report["operations"])
+    assert {"linear", "routed_ffn", "attention"} <= set(report["operations"])
     assert bench.engine._parts.ops.linear.__qualname__ != "_timed.<locals>.timed"
 
 
