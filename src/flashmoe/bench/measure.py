@@ -81,6 +81,7 @@ def measure(
         note(f"warming up: {one.name}")
         _run(bench, one, min(options.tokens, 4))
     for repeat in range(options.repeats):
+        bench.touch()  # the peer warms itself up before each of its measurements
         for one in series:
             note(f"{one.name}, {repeat + 1} of {options.repeats}")
             _measure_once(bench, one, options.tokens)
@@ -96,6 +97,7 @@ def measure(
 def profile(bench: Workbench, tokens: int) -> dict[str, Any]:
     """Where a decoded token's time goes: seconds in each native operation, and the share outside of all."""
     bench.warm()
+    bench.touch()
     bench.fill_context(0)
     _decode(bench, 4)
     with bench.timed_operations() as seconds:

@@ -71,6 +71,7 @@ def measure(options: StreamOptions) -> dict[str, Any]:
         for state in engine.states:
             state.clear()
         bench.warm()
+        bench.touch()
         _steps(engine, ids[: options.warm], digest)
         report: dict[str, Any] = {
             "memory_bytes": plan.budget_nbytes,

@@ -111,7 +111,7 @@ def policy_maker(spec: str, geometry: Geometry) -> Callable[[], LayerPolicies]:
     make = SIMPLE.get(spec)
     if make is None:
         raise ConfigError(
-            f"unknown --policy {spec!r}: choose one of {', '.join(SIMPLE)}, learned:FILE or static:FILE"
+            f"unknown --policy {spec!r}: leave it out, or choose {', '.join(SIMPLE)}, learned:FILE or static:FILE"
         )
     return make
 
