@@ -93,7 +93,6 @@ class FloatOps {
   ThreadPool& pool_;
   const FloatKernels& kernels_;
   GrowOnly<float> scratch_;
-  std::vector<SequenceRows> rows_;
 };
 
 }  // namespace flashmoe
