@@ -178,11 +178,15 @@ void prepare(QuantOps& ops, TokenInput& input, const Floats& x, int group) {
 
 using Shared = std::tuple<const TokenInput*, const FfnLayout*, uintptr_t>;
 
+void require_prepared(const TokenInput& input, const FfnLayout& layout) {
+  require(input.cols() == layout.hidden && input.group() == layout.gate_up.group,
+          "the input was prepared for another width or group");
+}
+
 ExpertJob expert_job(const TokenInput& input, const FfnLayout& layout, uintptr_t address, int64_t begin,
                      int64_t end, bool precise) {
   require(begin <= end && address != 0, "offsets must not fall, addresses must not be 0");
-  require(input.cols() == layout.hidden && input.group() == layout.gate_up.group,
-          "the input was prepared for another width or group");
+  require_prepared(input, layout);
   return {&layout, &input, reinterpret_cast<const uint8_t*>(address), begin, end - begin, precise};
 }
 
@@ -242,8 +246,7 @@ int64_t routed_ffn(QuantOps& ops, const TokenInput& input, const FfnLayout& layo
   require(shared.has_value() == shared_weights.has_value() &&
               (!shared || static_cast<int64_t>(shared_weights->size()) == tokens),
           "a shared block needs a weight for each token");
-  require(input.cols() == layout.hidden && input.group() == layout.gate_up.group,
-          "the input was prepared for another width or group");
+  require_prepared(input, layout);
   RoutedFfn call{&input,        &layout,        {addresses.data(), addresses.size()},
                  chosen.data(), weights.data(), static_cast<int64_t>(chosen.shape(1)),
                  most_pairs};
