@@ -237,13 +237,13 @@ def test_previous_token_guesses_what_left_the_pool() -> None:
         def __init__(self) -> None:
             self.foreseen: list[tuple[int, list[int]]] = []
 
-        def foresee(self, layer: int, experts: list[int]) -> None:
-            self.foreseen.append((layer, experts))
+        def foresee(self, *guesses: tuple[int, list[int]]) -> None:
+            self.foreseen += guesses
 
     guesses, request = PreviousToken(Cache(), [0, 1]), Request()  # type: ignore[arg-type]
     for layer, experts in ((0, [1, 2]), (1, [1, 3]), (0, [2, 5])):
         guesses.judge(layer, experts)
-        guesses.guess(lambda _: (0, []), 1)
+        guesses.guess(lambda _: iter(()), 1)
     guesses.read(request)  # type: ignore[arg-type]
     guesses.read(request)  # type: ignore[arg-type]
     assert request.foreseen == [(1, [3])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,40 @@ import numpy as np
 import pytest
 
 from flashmoe.engine.engine import Engine, EngineOptions
-from flashmoe.engine.lookahead import AHEAD, Lookahead
+from flashmoe.engine.lookahead import AHEAD, DEPTH, ENOUGH, Lookahead
 from flashmoe.engine.workbench import Workbench
 from flashmoe.errors import ConfigError
+from flashmoe.nn.blocks import Foresight
+from flashmoe.nn.weights import I32
 
 
 class Step:
-    """A request, and a cache that holds `resident` of every layer."""
+    """A request, and a cache that holds `resident` of every layer and reads `coming` already."""
 
-    def __init__(self, resident: Sequence[int] = ()) -> None:
-        self.resident = set(resident)
+    def __init__(self, resident: Sequence[int] = (), coming: Sequence[tuple[int, int]] = ()) -> None:
+        self.resident, self.coming = set(resident), set(coming)
         self.read: list[tuple[int, list[int]]] = []
 
     def resident_experts(self, layer: int) -> set[int]:
         return self.resident
 
-    def foresee(self, layer: int, experts: Sequence[int]) -> None:
-        self.read.append((layer, list(experts)))
+    def foresee(self, *guesses: tuple[int, Sequence[int]]) -> None:
+        self.read += [(layer, list(experts)) for layer, experts in guesses]
 
 
 def lookahead(step: Any, mode: str) -> Lookahead:
     return Lookahead(step, mode)
 
 
+def sure(*layers: tuple[int, list[int]]) -> Foresight:
+    """Foretells of one token the same whatever is known."""
+    return lambda _: ((layer, np.array([experts], np.int32)) for layer, experts in layers)
+
+
 def test_the_most_probable_missing_experts_are_read() -> None:
     step: Any = Step(resident=[7, 4])
     ahead = lookahead(step, "on")
-    ahead.guess(lambda _: (3, [7, 1, 4, 9, 2, 8, 0]), 1)
+    ahead.guess(sure((3, [7, 1, 4, 9, 2, 8, 0, 5])), 1)
     ahead.read(step)
     assert step.read == [(3, [1, 9, 2, 8, 0][:AHEAD])]
     ahead.judge(3, [1, 4, 7])
@@ -50,9 +57,9 @@ def test_a_later_guess_replaces_an_earlier_one() -> None:
     known = np.ones((1, 4), np.float32)
     told: list[Any] = []
 
-    def foresight(added: Any) -> tuple[int, list[int]]:
+    def foresight(added: Any) -> Iterator[tuple[int, I32]]:
         told.append(added)
-        return (3, [1] if added is None else [2])
+        yield 3, np.array([[1] if added is None else [2]], np.int32)
 
     ahead.guess(foresight, 1)
     ahead.guess(foresight, 1, lambda: known)
@@ -63,18 +70,72 @@ def test_a_later_guess_replaces_an_earlier_one() -> None:
     assert (ahead.guesses, ahead.right) == (1, 1)
 
 
+def test_layers_further_on_are_guessed_until_the_drive_has_enough_to_read() -> None:
+    def foresight(_: Any) -> Iterator[tuple[int, I32]]:
+        for layer in range(3, 20):
+            asked.append(layer)
+            yield layer, np.array([[0, 1 + layer % 2]], np.int32)
+
+    asked = list[int]()
+    # Each layer misses one, and that of layer 3 is being read.
+    step: Any = Step(resident=[0], coming=[(3, 2)])
+    ahead = lookahead(step, "on")
+    ahead.guess(foresight, 1)
+    ahead.read(step)
+    assert asked == list(range(3, 3 + min(DEPTH, 1 + ENOUGH)))
+    assert step.read == [(layer, [1 + layer % 2]) for layer in asked]
+    ahead.judge(3, [2])
+    assert (ahead.guesses, ahead.right) == (1, 1)
+    ahead.judge(4, [7])
+    assert ahead.guesses == 1, (
+        "only the next layer's are judged: the others are guessed again before they count"
+    )
+
+
+def test_one_layer_is_enough_when_it_misses_enough() -> None:
+    step: Any = Step()
+    ahead = lookahead(step, "on")
+    ahead.guess(sure((3, [9, 8, 7, 6, 5, 4, 3, 2]), (4, [1])), 1)
+    ahead.read(step)
+    assert [layer for layer, _ in step.read] == [3]
+
+
+@pytest.mark.parametrize(
+    ("k", "guessed"), [(8, [7, 6, 5]), (10, [9, 8, 7]), (4, [4, 3, 3]), (2, [2, 2, 2]), (1, [1, 1, 1])]
+)
+def test_the_further_ahead_the_fewer_are_sure(k: int, guessed: list[int]) -> None:
+    # All but one of each layer's are resident: the guessed ones are found by moving it along the ranks.
+    counts = [0] * DEPTH
+    for rank in range(k):
+        step: Any = Step(resident=[e for e in range(k) if e != rank])
+        ahead = lookahead(step, "on")
+        ahead.guess(sure(*((layer, list(range(k))) for layer in range(DEPTH))), 1)
+        ahead.read(step)
+        for layer, experts in step.read:
+            counts[layer] += len(experts)
+    assert counts == guessed
+
+
+def test_every_token_s_most_probable_come_first() -> None:
+    step: Any = Step(resident=[5])
+    ahead = lookahead(step, "on")
+    ahead.guess(lambda _: iter([(0, np.array([[1, 2], [3, 1]], np.int32))]), 2)
+    ahead.read(step)
+    assert step.read == [(0, [1, 3, 2])]
+
+
 def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
     step: Any = Step()
     ahead = lookahead(step, "auto")
     for _ in range(10):
-        ahead.guess(lambda _: (1, [0, 1]), 1)
+        ahead.guess(sure((1, [0, 1])), 1)
         ahead.judge(1, [5, 6])
     assert not ahead.reading
-    ahead.guess(lambda _: (1, [0, 1]), 1)
+    ahead.guess(sure((1, [0, 1])), 1)
     ahead.read(step)
     assert step.read == []
     for _ in range(16 * 60):  # only now and then is a guess still made
-        ahead.guess(lambda _: (1, [0, 1]), 1)
+        ahead.guess(sure((1, [0, 1])), 1)
         ahead.judge(1, [0, 1])
     assert ahead.reading
 
@@ -82,13 +143,13 @@ def test_wrong_guesses_end_it_and_right_ones_bring_it_back() -> None:
 def test_a_guess_for_another_layer_is_not_judged() -> None:
     step: Any = Step()
     ahead = lookahead(step, "on")
-    ahead.guess(lambda _: (3, [1]), 1)
+    ahead.guess(sure((3, [1])), 1)
     ahead.judge(0, [2])
     assert ahead.guesses == 0
 
 
 def test_off_asks_nobody() -> None:
-    def fail(_: Any) -> tuple[int, list[int]]:
+    def fail(_: Any) -> Iterator[tuple[int, I32]]:
         raise AssertionError("nobody wants to know")
 
     step: Any = Step()

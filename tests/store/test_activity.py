@@ -32,7 +32,7 @@ def test_reads_under_way(make_world: MakeWorld) -> None:
     activity = watched(world)
     with world.cache.request(0, [1, 3]) as request:
         assert list(world.cache.picture(activity)[0]) == [0, MISS | IN_FLIGHT, 0, MISS | IN_FLIGHT, 0, 0]
-        request.foresee(2, [4])
+        request.foresee((2, [4]))
         assert world.cache.picture(activity)[2][4] == IN_FLIGHT  # nobody has asked for it
         while request.next_ready():
             pass

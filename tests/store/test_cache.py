@@ -310,8 +310,8 @@ def test_an_expert_read_ahead_is_not_read_again(make_world: MakeWorld) -> None:
     with world.cache.request(0, [0, 1]) as request:
         while request.next_ready():
             pass
-        request.foresee(1, [3, 4])
-        request.foresee(1, [4])  # it is on its way
+        request.foresee((1, [3, 4]))
+        request.foresee((1, [4]))  # it is on its way
     assert experts_read(world)[2:] == [(1, 3), (1, 4)]
     assert world.cache.stats().wasted_bytes == 2 * RECORD
     world.request(1, [2, 4])
@@ -327,7 +327,7 @@ def test_a_prompt_takes_over_what_was_read_ahead(make_world: MakeWorld) -> None:
     world = make_world(6, k=2)
     with world.cache.request(0, [0]) as request:
         assert request.next_ready()
-        request.foresee(1, [1])
+        request.foresee((1, [1]))
     visited = [expert for expert, slot in world.stream(1, [0, 1, 2]) if world.holds(slot, 1, expert)]
     assert visited == [0, 1, 2]
     assert experts_read(world).count((1, 1)) == 1
@@ -357,7 +357,7 @@ def test_a_failed_guess_fails_nobody(make_world: MakeWorld) -> None:
     world.reader.script(Fault(2, 3 * RECORD, errno=errno.EIO))
     with world.cache.request(0, [0]) as request:
         assert request.next_ready()
-        request.foresee(1, [3])
+        request.foresee((1, [3]))
     world.request(1, [2])
     assert 3 not in world.cache.resident(1)
     world.check()
@@ -369,7 +369,7 @@ def test_a_guess_does_not_take_what_the_step_uses(make_world: MakeWorld) -> None
     with world.cache.request(0, [0, 1]) as request:
         while request.next_ready():
             pass
-        request.foresee(1, [0, 1, 2])
+        request.foresee((1, [0, 1, 2]))
         assert set(world.cache.resident(0)) == {0, 1}
     world.check()
 
@@ -377,7 +377,7 @@ def test_a_guess_does_not_take_what_the_step_uses(make_world: MakeWorld) -> None
 def test_a_guess_that_has_landed_is_there_at_once_and_still_was_a_miss(make_world: MakeWorld) -> None:
     world = make_world(6, k=2, order=ORDERS["all, newest first"])
     with world.cache.request(0, [0, 1]) as request:
-        request.foresee(1, [3, 4])
+        request.foresee((1, [3, 4]))
         while request.next_ready():
             pass
     assert world.reader.outstanding == 2, "they began when the step's own reads had ended"
@@ -391,10 +391,40 @@ def test_a_guess_that_has_landed_is_there_at_once_and_still_was_a_miss(make_worl
     world.check()
 
 
+def test_what_was_read_ahead_of_a_later_layer_waits_for_it(make_world: MakeWorld) -> None:
+    world = make_world(9, k=2, order=ORDERS["all, newest first"])
+    with world.cache.request(0, [0, 1]) as request:
+        request.foresee((1, [3]), (2, [4]))
+        while request.next_ready():
+            pass
+    world.check()
+    with world.cache.request(1, [3]):
+        assert world.cache.coming == {(2, 4)}
+    world.check()
+    world.request(2, [4, 5])
+    assert experts_read(world) == [(0, 0), (0, 1), (1, 3), (2, 4), (2, 5)]
+    stats = world.cache.stats()
+    assert [stats.layers[n].foreseen for n in range(3)] == [0, 1, 1]
+    assert (stats.total.hits, stats.total.misses, stats.wasted_bytes) == (0, 5, 0)
+    assert set(world.cache.resident(2)) == {4, 5}
+    world.check()
+
+
+def test_what_was_read_ahead_leaves_when_a_small_pool_needs_its_slot(make_world: MakeWorld) -> None:
+    world = make_world(4, k=2, order=ORDERS["all, newest first"])
+    with world.cache.request(0, [0]) as request:
+        request.foresee((2, [3, 4, 5]))
+        while request.next_ready():
+            pass
+    world.request(1, [0, 1])
+    world.request(1, [2, 3])
+    world.check()
+
+
 def test_guesses_wait_for_the_step_and_are_taken_back_by_the_next(make_world: MakeWorld) -> None:
     world = make_world(9, k=3, order=ORDERS["one by one, oldest first"])
     with world.cache.request(0, [0, 1, 2]) as request:
-        request.foresee(1, [3, 4, 5])
+        request.foresee((1, [3, 4, 5]))
         for expert in range(3):  # a guess begins when one read is left
             assert [landed for landed, _ in request.next_ready()] == [expert]
         assert request.next_ready() == []
@@ -409,8 +439,8 @@ def test_guesses_wait_for_the_step_and_are_taken_back_by_the_next(make_world: Ma
 def test_a_second_guess_takes_back_the_first(make_world: MakeWorld) -> None:
     world = make_world(9, k=3)
     with world.cache.request(0, [0, 1, 2]) as request:
-        request.foresee(1, [3, 4])
-        request.foresee(1, [4, 5])
+        request.foresee((1, [3, 4]))
+        request.foresee((1, [4, 5]))
         assert world.reader.withdrawn == [(2, 3 * RECORD, RECORD), (2, 4 * RECORD, RECORD)]
         while request.next_ready():
             pass

@@ -73,7 +73,7 @@ class CacheMachine(RuleBasedStateMachine):
                 while ready := request.next_ready():
                     slots |= dict(ready)
                 if self.world.arena.count > len(wanted) + len(guess):
-                    request.foresee(coming, sorted(guess))
+                    request.foresee((coming, sorted(guess)))
                 assert all(self.world.holds(slot, layer, expert) for expert, slot in slots.items())
         except ReadError:
             assert self.broken_before[layer] & set(wanted)

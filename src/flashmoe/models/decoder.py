@@ -7,9 +7,10 @@ said by an Architecture.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from flashmoe.models.architecture import Architecture
@@ -120,22 +121,21 @@ class Decoder:
         return self._logits(h[rows])
 
     def _foresight(self, layer: int, x: F32) -> Foresight | None:
-        """What `layer` would ask for if nothing else were added to the stream x [tokens, hidden] before it."""
+        """What `layer` and those after it would ask for if nothing else were added to the stream x [tokens, hidden]."""
         if x.shape[0] > FEW or layer == len(self._ffns) or not isinstance(self._ffns[layer], SparseMoe):
             return None
         return functools.partial(self._foresee, layer, x)
 
-    def _foresee(self, layer: int, x: F32, added: F32 | None) -> tuple[int, list[int]]:
-        ffn, norm, eps = self._ffns[layer], self._norms[layer][1], self.config.rms_norm_eps
-        assert isinstance(ffn, SparseMoe)
-        h = self._work.get("foreseen_input", x.shape)
-        if added is None:
-            self._ops.rms_norm(x, norm, eps, h)
-        else:
+    def _foresee(self, layer: int, x: F32, added: F32 | None) -> Iterator[tuple[int, I32]]:
+        if added is not None:
             stream = self._work.get("foreseen_stream", x.shape)
-            stream[...] = x
-            self._ops.add_rms_norm(stream, added, norm, eps, h)
-        return ffn.foresee(h, self._work)
+            x = np.add(x, added, out=stream)
+        h = self._work.get("foreseen_input", x.shape)
+        for ffn, (_, norm) in zip(self._ffns[layer:], self._norms[layer:], strict=True):
+            if not isinstance(ffn, SparseMoe):
+                return
+            self._ops.rms_norm(x, norm, self.config.rms_norm_eps, h)
+            yield ffn.foresee(h, self._work)
 
     def _logits(self, h: F32) -> F32:
         logits: F32 = self._work.get("logits", (h.shape[0], self.config.vocab_size))

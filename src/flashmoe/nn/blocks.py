@@ -6,7 +6,7 @@ dataclass of sizes, its shape, which answers for the memory plan and the forecas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from numpy.typing import DTypeLike, NDArray
@@ -15,9 +15,10 @@ from flashmoe.nn.rotary import Rope, RotaryTables
 from flashmoe.nn.weights import F32, I32, Weights
 from flashmoe.nn.workspace import Workspace
 
-# What a coming layer will probably ask for: (layer, experts, the most probable first).  Its argument is what of this
-# layer's result is known already, [tokens, hidden], or None.
-Foresight = Callable[[F32 | None], tuple[int, list[int]]]
+# What the coming layers will probably choose, one after the other: (layer, experts [tokens, k], each token's most
+# probable first; valid until the next layer).  Its argument is what of this layer's result is known already,
+# [tokens, hidden], or None.
+Foresight = Callable[[F32 | None], Iterator[tuple[int, I32]]]
 
 
 class Experts(Protocol):

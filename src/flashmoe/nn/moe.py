@@ -119,8 +119,8 @@ class SparseMoe:
         self._route(logits, chosen, weights)
         experts.run(self._layer, x, chosen, weights, self._shared, shared_weights, out, foresight)
 
-    def foresee(self, x: F32, work: Workspace) -> tuple[int, list[int]]:
-        """This layer and the experts that it would choose for x [tokens, hidden], the most probable first.
+    def foresee(self, x: F32, work: Workspace) -> tuple[int, I32]:
+        """This layer and the experts [tokens, k] that it would choose for x [tokens, hidden], the most probable first.
 
         With the input that an earlier layer had, this foretells most of what the layer will ask for: the residual
         stream changes little from one layer to the next (arXiv 2312.17238).
@@ -131,7 +131,7 @@ class SparseMoe:
         weights = work.get("foreseen_weights", (tokens, shape.experts_per_token))
         ops.linear(x, self._gates[:1], [logits], True)
         self._route(logits, chosen, weights)
-        return self._layer, list(dict.fromkeys(chosen.T.ravel().tolist()))
+        return self._layer, chosen
 
     def _route(self, logits: F32, chosen: I32, weights: F32) -> None:
         """Raises BundleError when a logit is not a number: damaged weights can be finite and overflow here."""

@@ -161,8 +161,7 @@ class ExpertCache:
 
         They count as neither hit nor miss, and their bytes as wasted.  Raises ReadError.
         """
-        ahead = (*self._foreseen.values(), *self._landed.values())
-        known = {*self._resident[layer], *(e for owner, e in ahead if owner == layer)}
+        known = {*self._resident[layer], *(e for owner, e in self.coming if owner == layer)}
         missing = [expert for expert in experts if expert not in known]
         reading, landing = missing[: self._arena.free], dict[int, int]()
         self._current = (layer, landing)
@@ -202,6 +201,11 @@ class ExpertCache:
     def resident_experts(self, layer: int) -> KeysView[int]:
         """The experts in memory, as they change."""
         return self._resident[layer].keys()
+
+    @property
+    def coming(self) -> set[tuple[int, int]]:
+        """(layer, expert) of those that are read, or have been, before anybody has asked for them."""
+        return {*self._foreseen.values(), *self._landed.values()}
 
     def watch(self, activity: Activity | None) -> None:
         """From now on note in `activity` which experts are asked for; None ends that.  Thread-safe."""
@@ -358,8 +362,8 @@ class ExpertCache:
         """The layer is asked for `experts` now.  What has been read ahead of it, right or wrong, becomes resident.
 
         Guesses whose read has not begun are taken back; the right ones among them are then read as others are.  In the
-        smallest pools it waits for the rest, if `slots` slots cannot be had beside them.  How many of `experts` have
-        become resident.
+        smallest pools it waits for the rest, if `slots` slots cannot be had beside them, and what has been read ahead
+        of later layers becomes resident too, so that it can leave.  How many of `experts` have become resident.
         """
         if not self._foreseen and not self._landed:
             return 0
@@ -377,7 +381,8 @@ class ExpertCache:
         except BaseException:  # Ctrl-C: what it had fetched is lost
             self._settle({})
             raise
-        return self._adopt(layer, experts)
+        crowded = slots + len(self._foreseen) + len(self._landed) > self._arena.count
+        return self._adopt(layer, experts, len(self._resident) if crowded else layer)
 
     def _withdraw(self) -> None:
         """Take back the guesses whose read has not begun."""
@@ -386,13 +391,14 @@ class ExpertCache:
             self._reads.never_read(owner)
             self._arena.give_back(slot)
 
-    def _adopt(self, layer: int, experts: Sequence[int]) -> int:
-        """What has landed ahead becomes resident; how many of the layer's `experts` have."""
+    def _adopt(self, layer: int, experts: Sequence[int], last: int) -> int:
+        """What has landed ahead of layers up to `last` becomes resident; how many of the layer's `experts` have."""
         early = 0
-        for slot, (owner, expert) in self._landed.items():
-            self._keep(owner, expert, slot)
-            early += owner == layer and expert in experts
-        self._landed.clear()
+        for slot, (owner, expert) in list(self._landed.items()):
+            if owner <= last:
+                del self._landed[slot]
+                self._keep(owner, expert, slot)
+                early += owner == layer and expert in experts
         self._reads.waste(layer, -early)
         self._layer_stats[layer].foreseen += early
         return early
@@ -425,17 +431,18 @@ class ExpertCache:
         self._reads.waste(layer, -len(mine))
         return mine
 
-    def _foresee(self, layer: int, experts: Sequence[int], using: int, keep: set[int]) -> None:
-        """Start reading experts of a coming step, and no others; `keep` of layer `using` must stay."""
+    def _foresee(self, guesses: Sequence[tuple[int, Sequence[int]]], using: int, keep: set[int]) -> None:
+        """Start reading experts of coming layers, and no others; `keep` of layer `using` must stay."""
         self._withdraw()
-        known = {*self._foreseen.values(), *self._landed.values()}
-        for expert in experts:
-            if expert in self._resident[layer] or (layer, expert) in known:
-                continue
-            slot = self._take(using, keep)
-            if slot is None:
-                return
-            self._submit_ahead(layer, expert, slot, prefetch=True)
+        known = self.coming
+        for layer, experts in guesses:
+            for expert in experts:
+                if expert in self._resident[layer] or (layer, expert) in known:
+                    continue
+                slot = self._take(using, keep)
+                if slot is None:
+                    return
+                self._submit_ahead(layer, expert, slot, prefetch=True)
 
     def _submit_ahead(self, layer: int, expert: int, slot: int, prefetch: bool = False) -> None:
         self._foreseen[slot] = (layer, expert)

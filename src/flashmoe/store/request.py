@@ -38,12 +38,12 @@ class Request:
                 return ready
         return []
 
-    def foresee(self, layer: int, experts: Sequence[int]) -> None:
-        """Read experts, the most probable first, that a coming step will probably ask of another layer.
+    def foresee(self, *guesses: tuple[int, Sequence[int]]) -> None:
+        """Read what will probably be asked for: (layer, experts) of coming layers, the soonest and most probable first.
 
         Each read begins when at most one other is in flight, and not at all if the next request comes before that.
         """
-        self._cache._foresee(layer, experts, self._layer, set(self._experts))
+        self._cache._foresee(guesses, self._layer, set(self._experts))
 
     def __enter__(self) -> Self:
         return self

@@ -43,7 +43,7 @@ class _Request:
     def next_ready(self) -> Ready:
         return []
 
-    def foresee(self, layer: int, experts: Sequence[int]) -> None:
+    def foresee(self, *guesses: tuple[int, Sequence[int]]) -> None:
         """Nothing is read ahead: the operating system decides."""
 
     def __enter__(self) -> Self:

@@ -51,7 +51,7 @@ class PreviousToken:
     def read(self, request: Request) -> None:
         """Hand them over, as the engine's lookahead does."""
         if self._pending is not None:
-            request.foresee(*self._pending)
+            request.foresee(self._pending)
             self._pending = None
 
     def note(self) -> str:
