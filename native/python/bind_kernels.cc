@@ -146,6 +146,15 @@ void linear(QuantOps& ops, const Floats& x, const std::vector<Weight*>& weights,
   ops.linear(x.data(), tokens, cols, {matrices, weights.size()}, {pointers, outs.size()}, precise, gated);
 }
 
+void logits(QuantOps& ops, const Floats& x, const Weight& weight, const Floats& out) {
+  require(x.ndim() == 2, "x must have shape [tokens, cols]");
+  const int64_t tokens = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+  require(weight.cols == cols, "x and the weight differ in columns");
+  require(static_cast<int64_t>(out.size()) == tokens * weight.rows, "out has the wrong size");
+  nb::gil_scoped_release release;
+  ops.logits(x.data(), tokens, cols, weight.matrix, out.data());
+}
+
 void head_linear(QuantOps& ops, const Floats& x, const Weight& weight, const Floats& out, bool precise) {
   require(x.ndim() == 3 && out.ndim() == 3 && x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1),
           "x and out must be [tokens, heads, ...] of equal tokens and heads");
@@ -318,6 +327,7 @@ void bind_kernels(nb::module_& m) {
           },
           "pool"_a, "isa"_a, "int8"_a, nb::keep_alive<1, 2>())
       .def("linear", &linear, "x"_array, "weights"_a, "outs"_array, "precise"_a = false, "gated"_a = false)
+      .def("logits", &logits, "x"_array, "weight"_a, "out"_array)
       .def("head_linear", &head_linear, "x"_array, "weight"_a, "out"_array, "precise"_a = false)
       .def("embed", &embed, "table"_a, "ids"_array, "out"_array)
       .def("prepare", &prepare, "input"_a, "x"_array, "group"_a)

@@ -270,6 +270,8 @@ void products(Run& run, const Codec& codec, int64_t rows, int64_t cols, int64_t 
     run.quant.linear(x.data(), tokens, cols, matrices, outs, how == 1, how == 2);
     for (const Exact<float>* each : {&out, &from_f32, &from_f16, &from_bf16}) run.keep(*each);
   }
+  run.quant.logits(x.data(), tokens, cols, matrices[0], out.data());
+  run.keep(out);
   const int32_t last[] = {static_cast<int32_t>(rows) - 1, 0}, dense_last[] = {dense_rows - 1, 0};
   const auto row = run.empty<float>(2 * cols);
   if (rows % 32 == 0) {
@@ -393,7 +395,8 @@ void quant_ops(Run& run) {
     products(run, table, 32, 3 * group, 6);
     experts(run, table, {4, 32, false, true}, 3);
   }
-  products(run, {4, 64, false}, 16, 64, 70);  // more than one block of tokens
+  products(run, {4, 64, false}, 16, 64, 70);   // more than one block of tokens
+  products(run, {4, 64, false}, 1041, 64, 3);  // more row tiles than logits are sure of
   experts(run, {4, 64, false}, {4, 64, false}, 70);
   const auto bytes = run.empty<uint8_t>(64 * 37);
   CHECK(run.quant.read_bandwidth(bytes.data(), 64 * 37) > 0);

@@ -109,6 +109,7 @@ def calls(ops: Ops) -> dict[str, dict[str, Any]]:
         "embed": {"table": matrix, "ids": ids, "out": x["wide"]},
         "prepare": {"input": ops.token_input(), "x": x["wide"], "group": 64},
         "linear": {"x": x["wide"], "weights": [matrix], "outs": [x["narrow"]]},
+        "logits": {"x": x["wide"], "weight": matrix, "out": x["narrow"]},
         "head_linear": {"x": x["heads"], "weight": matrix, "out": x["narrow_heads"]},
         "expert_ffn": {"input": source, "layout": record.layout, "addresses": [record.address]}
         | {"offsets": [0, 3], "tokens": ids, "rows": ids.copy(), "out": x["wide"], "weights": x["three"]},
@@ -229,6 +230,8 @@ def test_an_array_that_does_not_fit_is_refused(op: str, argument: str) -> None:
         ("embed", {"ids": np.array([0, -1, 1], np.int32)}),
         ("prepare", {"group": 16}),
         ("prepare", {"x": np.ones((3, 96), F)}),
+        ("logits", {"x": np.ones((3, 128), F)}),
+        ("logits", {"out": np.ones((3, 15), F)}),
         ("linear", {"outs": []}),
         ("linear", {"x": np.ones((3, 128), F)}),
         ("expert_ffn", {"offsets": [0]}),

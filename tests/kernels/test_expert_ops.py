@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tests.kernels.conftest import native_backends
 
 from flashmoe.bundle.codecs import DenseCodec, FfnLayout, Quantized, TileCodec, pack_ffn
+from flashmoe.kernels.cpu import CpuOps
 from flashmoe.kernels.ops import Ops
+from flashmoe.kernels.reference_quant import SURE_TILES
 
 F = np.float32
 Check = Callable[..., Any]
@@ -59,6 +62,59 @@ def test_linear(
         assert tokens < 2 or not out[1].any()
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("codec", [TileCodec(4, 64, "bf16"), TileCodec(8, 32, "f16")], ids=str)
+def test_logits(codec: TileCodec, path: str, agrees: Check, rng: np.random.Generator) -> None:
+    """Fewer tiles than are computed twice, one more, a part of one more, and many; token 1 is zero: all are equal."""
+    for rows, groups, tokens in ((9, 1, 1), (1040, 1, 2), (1041, 2, 3), (4099, 2, 9)):
+        cols = groups * codec.group
+        tiles = codec.pack(*matrix(rng, codec, rows, cols))
+        x = activations_of(rng, tokens, cols)
+
+        def run(ops: Ops, shape: Any = (rows, cols), x: Any = x, tiles: Any = tiles) -> list[np.ndarray]:
+            weight = ops.weight(tiles, codec, *shape)
+            out, alone = np.full((2, len(x), shape[0]), np.nan, F)
+            ops.logits(x, weight, out)
+            for t in range(len(x)):
+                ops.logits(x[t : t + 1], weight, alone[t : t + 1])
+            np.testing.assert_array_equal(out, alone, "its neighbours change a token's logits")
+            return [out]
+
+        agrees("logits", run, path)
+
+
+def test_likely_logits_are_precise_and_others_are_not(rng: np.random.Generator) -> None:
+    codec, rows, cols = TileCodec(4, 64, "bf16"), 4096, 256
+    tiles, x = codec.pack(*matrix(rng, codec, rows, cols)), rng.normal(size=(3, cols)).astype(F)
+    ops = CpuOps(2)
+    weight = ops.weight(tiles, codec, rows, cols)
+    mixed, coarse, precise = np.empty((3, 3, rows), F)
+    ops.logits(x, weight, mixed)
+    ops.linear(x, [weight], [coarse])
+    ops.linear(x, [weight], [precise], precise=True)
+    for t in range(3):
+        likely = np.argsort(-coarse[t].reshape(-1, 16).max(-1), kind="stable")[:SURE_TILES]
+        sure = np.isin(np.arange(rows) // 16, likely)
+        np.testing.assert_array_equal(mixed[t], np.where(sure, precise[t], coarse[t]))
+        assert (mixed[t][~sure] != precise[t][~sure]).mean() > 0.9
+
+
+def test_a_broken_token_has_no_likely_logits(rng: np.random.Generator) -> None:
+    codec, x = TileCodec(4, 64, "bf16"), rng.normal(size=(2, 64)).astype(F)
+    x[0, 3] = np.nan
+    tiles = codec.pack(*matrix(rng, codec, 2048, 64))
+    for ops in native_backends("int8"):
+        weight, out, sound = (
+            ops.weight(tiles, codec, 2048, 64),
+            np.zeros((2, 2048), F),
+            np.zeros((1, 2048), F),
+        )
+        ops.logits(x, weight, out)
+        ops.logits(x[1:], weight, sound)
+        assert np.isnan(out[0]).all()
+        np.testing.assert_array_equal(out[1:], sound)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 def test_dense_matrices(dtype: str, agrees: Check, rng: np.random.Generator) -> None:
     """Odd widths and widths of several tasks; embed copies rows exactly."""
@@ -72,6 +128,9 @@ def test_dense_matrices(dtype: str, agrees: Check, rng: np.random.Generator) -> 
             weight = ops.weight(stored.view(np.uint8), DenseCodec(dtype), *stored.shape)
             out, copied = np.empty((len(x), len(stored)), F), np.empty((4, stored.shape[1]), F)
             ops.linear(x, [weight], [out])
+            again = np.empty_like(out)
+            ops.logits(x, weight, again)
+            np.testing.assert_array_equal(again, out)
             ops.embed(weight, ids, copied)
             return [out, copied]
 

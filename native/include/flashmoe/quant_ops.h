@@ -39,6 +39,10 @@ class GrowOnly {
 constexpr float kCoarseLimit = 3.25f;
 constexpr float kCoarseLimitGated = 4.5f;
 
+// Of a token's logits those of so many row tiles count every low plane: whatever is likely, at a thousandth
+// of what it would cost for all of a large vocabulary.
+constexpr int64_t kSureTiles = 64;
+
 // Planes of some tokens' activations in memory that only grows.
 class PlaneBuffer {
  public:
@@ -155,6 +159,10 @@ class QuantOps {
   // products of values and their gates.
   void linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
               std::span<float* const> outs, bool precise, bool gated = false);
+
+  // out[t, r] = sum_c W[r, c] x[t, c], low planes as in linear; then once more, with low planes everywhere,
+  // the rows of each token's kSureTiles row tiles with the largest results.
+  void logits(const float* x, int64_t tokens, int64_t cols, const Matrix& weight, float* out);
 
   // out[t, h, r] = sum_c W_h[r, c] x[t, h, c] for heads of W = [heads * rows, cols] one after another;
   // x_width and out_width are floats from head to head.  rows of a tile matrix: a multiple of 16.

@@ -66,6 +66,7 @@ class Observer:
         self._parts = engine._parts
         self._ops, self._names = self._parts.ops, self._parts.weights.handles
         self._linear, self._prepare = self._ops.linear, self._ops.prepare
+        self._logits, self._ops.logits = self._ops.logits, self.logits
         self._expert_ffn, self._routed_ffn = self._ops.expert_ffn, self._ops.routed_ffn
         self._experts = self._parts.experts
         self._inputs: dict[int, F32] = {}  # of prepared inputs, by identity
@@ -95,12 +96,18 @@ class Observer:
         gated: bool = False,
     ) -> None:
         """See kernels.ops."""
-        names = [self._names.get(id(weight), "") for weight in weights]
+        self._linear(x, [self._seen_matrix(weight, x) for weight in weights], outs, precise, gated)
+
+    def logits(self, x: F32, weight: Any, out: F32) -> None:
+        """See kernels.ops."""
+        self._logits(x, self._seen_matrix(weight, x), out)
+
+    def _seen_matrix(self, weight: Any, x: F32) -> Any:
+        """The matrix as the trial has it, after the watcher has seen its input."""
+        name = self._names.get(id(weight), "")
         if self.watcher is not None:
-            for name in names:
-                self.watcher.matrix(name, x)
-        tried = [self._handles.get(name, weight) for name, weight in zip(names, weights, strict=True)]
-        self._linear(x, tried, outs, precise, gated)
+            self.watcher.matrix(name, x)
+        return self._handles.get(name, weight)
 
     def prepare(self, input: Any, x: F32, group: int) -> None:
         """See kernels.ops."""

@@ -32,6 +32,7 @@ OPERATIONS = [
     "attention_prepare",
     "attention",
     "head_linear",
+    "logits",
     "mla_prepare",
     "mla_attention",
     "route",

@@ -59,7 +59,7 @@ class CpuOps:
         self._quant, self._floats = quant, floats
         # Bound methods: a decode step makes some 400 calls, and a wrapper of each would cost 0.1 ms a token.
         self.linear, self.embed, self.sigmoid = quant.linear, quant.embed, quant.sigmoid
-        self.head_linear = quant.head_linear
+        self.logits, self.head_linear = quant.logits, quant.head_linear
         self.prepare, self.expert_ffn, self.combine = quant.prepare, quant.expert_ffn, quant.combine
         self.routed_ffn = quant.routed_ffn
         self.rms_norm, self.add_rms_norm = floats.rms_norm, floats.add_rms_norm

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.bundle.codecs import U8, DenseCodec, FfnLayout, TileCodec
+from flashmoe.bundle.codecs import TILE_ROWS, U8, DenseCodec, FfnLayout, TileCodec
 from flashmoe.errors import ConfigError
 from flashmoe.kernels.kv_cache import Cache, load_keys, load_values, store_keys, store_values
 from flashmoe.kernels.ops import F32, I32, U64
 from flashmoe.kernels.reference_delta import delta_inputs, recurrent
 from flashmoe.kernels.reference_quant import (
     F64,
+    SURE_TILES,
     ReferenceInput,
     ReferenceRecord,
     ReferenceWeight,
@@ -85,6 +86,19 @@ class ReferenceOps:
             out.reshape(len(x), weight.rows)[...] = weight.product(
                 x, coarse_limit(precise, gated), self._int8
             )
+
+    def logits(self, x: F32, weight: ReferenceWeight, out: F32) -> None:
+        """See Ops."""
+        y = weight.product(x, coarse_limit(precise=False), self._int8)
+        sure = weight.product(x, coarse_limit(precise=True), self._int8)
+        tiles = np.full((len(x), -(-weight.rows // TILE_ROWS) * TILE_ROWS), -np.inf)
+        tiles[:, : weight.rows] = y
+        order = (-tiles.reshape(len(x), -1, TILE_ROWS).max(-1)).argsort(-1, kind="stable")
+        for t, chosen in enumerate(order[:, :SURE_TILES]):
+            rows = (chosen[:, None] * TILE_ROWS + np.arange(TILE_ROWS)).ravel()
+            rows = rows[rows < weight.rows]
+            y[t, rows] = sure[t, rows]
+        out.reshape(y.shape)[...] = y
 
     def head_linear(self, x: F32, weight: ReferenceWeight, out: F32, precise: bool = False) -> None:
         """See Ops."""

@@ -28,6 +28,7 @@ F64 = NDArray[np.float64]
 # activations (docs/experiments.md); products of values and gates have longer tails.
 COARSE_LIMIT, COARSE_LIMIT_GATED = 3.25, 4.5
 PRECISE = 0.0  # every group gets one
+SURE_TILES = 64  # of a token's logits, see MatrixOps.logits
 
 
 def coarse_limit(precise: bool, gated: bool = False) -> float:

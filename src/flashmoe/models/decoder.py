@@ -80,7 +80,7 @@ class Decoder:
             self._norms.append((first, second))
         self._final_norm = weights.vector("norm", config.hidden_size)
         head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-        self._head = [weights.matrix(head, config.vocab_size, config.hidden_size)]
+        self._head = weights.matrix(head, config.vocab_size, config.hidden_size)
 
     def new_state(self, kv_dtype: DTypeLike) -> SequenceState:
         """An empty sequence of at most `context` tokens."""
@@ -140,5 +140,5 @@ class Decoder:
     def _logits(self, h: F32) -> F32:
         logits: F32 = self._work.get("logits", (h.shape[0], self.config.vocab_size))
         if len(h):
-            self._ops.linear(h, self._head, [logits], True)
+            self._ops.logits(h, self._head, logits)
         return logits
