@@ -4,8 +4,8 @@ Every budget runs in a process of its own, so that its peak memory is its own.  
 measured: a read into memory that was never touched waits for the system to find and clear it.
 
 Bound of decode: the bytes that were missed, at the rate that the drive gave while it was busy in this very run, or the
-weights at the memory's bandwidth, whichever takes longer.  Bound of a prompt: what it read at that rate, or the time
-inside the kernels.
+weights at the bandwidth that the memory had every few steps of it, whichever takes longer.  Bound of a prompt: what it
+read at the drive's rate, or the time inside the kernels.
 
 Reachable in decode, below that bound: a token's first layer is known to nobody before the token is, so the head and
 that layer's mixer overlap with no read; and one thread does all that is not waiting, kernels and Python, in turn.
@@ -14,6 +14,7 @@ that layer's mixer overlap with no read; and one thread does all that is not wai
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from flashmoe import env
 from flashmoe.bench.process import run_module, serve
 from flashmoe.engine.engine import Engine, EngineOptions
 from flashmoe.engine.workbench import Workbench
+
+# Steps between two measurements of the memory: a shared machine's can double its speed within seconds.
+_PROBE_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,40 @@ def _steps(engine: Engine, ids: list[list[int]], digest: Any) -> None:
         digest.update(engine.step(parts, everybody).data)
 
 
+class _MemoryProbe:
+    """Measures the memory's bandwidth during a run."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._byte_seconds: list[float] = []
+        self.seconds = 0.0  # that measuring took
+
+    def measure(self) -> None:
+        began = time.perf_counter()
+        self._byte_seconds.append(1 / self._bench.read_bandwidth())
+        self.seconds += time.perf_counter() - began
+
+    @property
+    def byte_seconds(self) -> float:
+        """Mean seconds a byte."""
+        return sum(self._byte_seconds) / len(self._byte_seconds)
+
+
 def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, Any]:
-    steps, width = len(ids), len(ids[0])
+    steps, width, probe = len(ids), len(ids[0]), _MemoryProbe(bench)
+
+    def work() -> None:
+        probe.measure()
+        for begin in range(0, steps, _PROBE_STEPS):
+            _steps(bench.engine, ids[begin : begin + _PROBE_STEPS], digest)
+            probe.measure()
+
     with bench.timed_head() as timed:
-        report = observed(bench, lambda: _steps(bench.engine, ids, digest), steps * width)
+        report = observed(bench, work, steps * width, probe)
     # What a step touches at least: all that is always needed, each sequence's state, and each distinct expert once.
     experts = report["experts_asked"] / steps
     nbytes = bench.always_nbytes(width) + experts * bench.engine.plan.record_nbytes
-    bound = max(report["read_seconds"] / steps, nbytes / bench.read_bandwidth())
+    bound = max(report["read_seconds"] / steps, nbytes * probe.byte_seconds)
     layers = bench.engine._parts.model.config.num_hidden_layers
     step = width / report["tok_s"]
     head = timed["head"]
@@ -113,6 +143,7 @@ def _decode(bench: Workbench, ids: list[list[int]], digest: Any) -> dict[str, An
     blind = (head + mixers / layers) / steps
     reachable = max(bound, report["read_seconds"] / steps + blind, step * (1 - report["stall_share"]))
     return report | {
+        "memory_rate": 1 / probe.byte_seconds,
         "bound_tok_s": width / bound,
         "share_of_bound": bound / step,
         "reachable_tok_s": width / reachable,
@@ -137,14 +168,16 @@ def _prefill(bench: Workbench, ids: list[int], digest: Any) -> dict[str, Any]:
     return report | {"bound_tok_s": len(ids) / bound, "share_of_bound": report["tok_s"] * bound / len(ids)}
 
 
-def observed(bench: Workbench, work: Any, tokens: int) -> dict[str, Any]:
-    """Run `work` and tell its speed and what the drive did meanwhile."""
+def observed(
+    bench: Workbench, work: Callable[[], Any], tokens: int, probe: _MemoryProbe | None = None
+) -> dict[str, Any]:
+    """Run `work` and tell its speed and what the drive did meanwhile; the probe's own seconds do not count."""
     parts = bench.engine._parts
     before, reads = parts.cache.stats(), parts.reader.stats()
     with bench.timed_operations() as operations:
         began = time.perf_counter()
         work()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - (probe.seconds if probe is not None else 0.0)
     done, now = parts.cache.stats().since(before), parts.reader.stats()
     busy, nbytes = now[2] - reads[2], now[1] - reads[1]
     rate = nbytes / busy if busy > 0 else 0.0

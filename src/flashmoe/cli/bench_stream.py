@@ -143,11 +143,12 @@ def _show(report: dict[str, Any]) -> None:
         layer = row["decode"]["layer_ms"]
         parts = ", ".join(f"{name} {layer[name]:.2f}" for name in ("compute", "read", "stall"))
         decode = row["decode"]
-        console.print(
-            f"{format_size(row['memory_bytes'])}: {layer['total']:.2f} ms a layer ({parts}); "
-            f"{decode['share_of_reachable']:.0%} of the {_rate(decode['reachable_tok_s'])} tok/s that are reachable, "
-            "since nobody foresees a token's first layer"
-        )
+        line = f"{format_size(row['memory_bytes'])}: {layer['total']:.2f} ms a layer ({parts}), "
+        line += f"memory at {decode['memory_rate'] / 1e9:.1f} GB/s"
+        if decode["missed_bytes_per_token"]:
+            line += f"; {decode['share_of_reachable']:.0%} of the {_rate(decode['reachable_tok_s'])} tok/s that are "
+            line += "reachable, since nobody foresees a token's first layer"
+        console.print(line)
     console.print(
         "all budgets gave the same logits" if report["same_logits"] else "LOGITS DIFFER: report this as a bug"
     )
