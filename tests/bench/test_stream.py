@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe.bench.stream import StreamOptions, measure_in_process
-from flashmoe.cli import main
+from flashmoe.cli import bench_stream, main
 from flashmoe.errors import FlashmoeError
 
 
@@ -41,8 +41,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     table = capsys.readouterr().out
     assert "all budgets gave the same logits" in table
     assert "ms a layer" in table
-    assert "reachable" in table
+    assert "memory at" in table
     assert "decode after" in table
+    assert "reachable" not in table, "everything is in memory: no read can be foreseen or not"
+    report["results"][0]["decode"]["missed_bytes_per_token"] = 1.0
+    bench_stream._show(report)
+    assert capsys.readouterr().out.count("reachable") == 1
 
 
 def test_a_budget_that_cannot_work_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

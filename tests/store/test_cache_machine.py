@@ -63,8 +63,12 @@ class CacheMachine(RuleBasedStateMachine):
         except ReadError:
             assert self.broken_before[layer] & set(wanted)
 
-    @rule(layer=layer_numbers, experts=expert_sets, coming=layer_numbers, guess=expert_sets)
-    def foresee(self, layer: int, experts: set[int], coming: int, guess: set[int]) -> None:
+    @rule(
+        layer=layer_numbers,
+        experts=expert_sets,
+        coming=st.lists(st.tuples(layer_numbers, expert_sets.map(sorted)), min_size=1, max_size=3),
+    )
+    def foresee(self, layer: int, experts: set[int], coming: list[tuple[int, list[int]]]) -> None:
         """Reads ahead take slots only from experts that no step uses, and never fail anybody."""
         wanted = sorted(experts)[: self.world.k]
         try:
@@ -72,8 +76,8 @@ class CacheMachine(RuleBasedStateMachine):
                 slots = dict(request.hits)
                 while ready := request.next_ready():
                     slots |= dict(ready)
-                if self.world.arena.count > len(wanted) + len(guess):
-                    request.foresee((coming, sorted(guess)))
+                if self.world.arena.count > len(wanted) + sum(len(guess) for _, guess in coming):
+                    request.foresee(*coming)
                 assert all(self.world.holds(slot, layer, expert) for expert, slot in slots.items())
         except ReadError:
             assert self.broken_before[layer] & set(wanted)
