@@ -27,7 +27,7 @@ class LoadOptions(TypedDict, total=False):
     io: "auto", "direct" or "buffered".
     expert_slots: how many experts to keep in memory, as a number or a share like "25%"; None is as many as the
     memory allows.
-    lookahead: "auto" reads the likely experts of the next layer ahead while that helps; or "on", "off".
+    lookahead: "auto" reads the likely experts of the next layers ahead while that helps; or "on", "off".
     sequences: how many a scheduler may process side by side, each with its own context (flashmoe serve).
     prefix_cache: memory set apart for its snapshots of sequences, in bytes or like "500MiB".
     verify_reads: compare every weight with its checksum as it is read; damage is then a ReadError.

@@ -67,7 +67,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--lookahead",
         choices=("auto", "on", "off"),
         default="auto",
-        help="read likely experts of the next layer while the drive is idle (default: while that helps)",
+        help="read likely experts of the next layers while the drive is idle (default: while that helps)",
     )
     machine.add_argument(
         "--verify-reads", action="store_true", help="compare every weight with its checksum as it is read"

@@ -41,7 +41,7 @@ class EngineOptions:
     activations: "int8" (fast) or "f32" (accuracy oracle).
     kv_cache: "f16", "int8" (docs/decisions/006) or "f32"; None is "f16", and "f32" with activations "f32".
     io: "auto", "direct" or "buffered".
-    lookahead: "auto" reads likely experts of the next layer into idle time of the drive while that helps, "on"
+    lookahead: "auto" reads likely experts of the next layers into idle time of the drive while that helps, "on"
     always, "off" never.
     sequences: how many can be processed side by side (1 to 16), each with its own context.
     prefix_cache_bytes: memory set apart for snapshots of sequences (engine/prefix_cache.py).
