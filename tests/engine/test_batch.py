@@ -68,7 +68,7 @@ def test_a_snapshot_brings_a_sequence_back(demo_bundle: Path) -> None:
         engine.step([(source, PROMPTS[2])], [])
         saved, position = [array.copy() for array in source.arrays()], source.position
         engine.step([(target, PROMPTS[0])], [])  # whatever was there before
-        target.restore(position, saved)
+        target.restore(position, [[array] for array in saved])
         for token, row in zip(DECODED[2], expected[1:], strict=True):
             np.testing.assert_array_equal(engine.step([(target, [token])], [0])[0], row)
 

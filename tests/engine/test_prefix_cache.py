@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ class State:
     def arrays(self) -> list[Any]:
         return [self.recurrent, self.keys[:, : -(-self.position // 16)]]
 
-    def restore(self, position: int, arrays: list[Any]) -> None:
+    def growing(self) -> list[bool]:
+        return [False, True]
+
+    def restore(self, position: int, arrays: list[list[Any]]) -> None:
         self.position = position
-        for mine, saved in zip(self.arrays(), arrays, strict=True):
-            mine[...] = saved
+        for mine, pieces in zip(self.arrays(), arrays, strict=True):
+            mine[...] = np.concatenate(pieces, axis=1)
 
     def clear(self) -> None:
         self.position = 0
@@ -94,30 +98,33 @@ def damaged(data: bytes, how: str) -> bytes:
     size = int.from_bytes(data[16:24], "little")
     header = json.loads(data[24 : 24 + size])
     rest = data[24 + size :]
-    if how == "flipped":
-        return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
-    if how == "cut":
-        return data[:-5]
-    if how == "empty":
-        return b""
-    if how == "magic":
-        return b"X" + data[1:]
-    if how == "huge":
-        header["arrays"][0]["shape"] = [1 << 40, 1 << 40]
-    elif how == "object":
-        header["arrays"][0]["dtype"] = "|O"
+    whole = {
+        "flipped": data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+        "cut": data[:-5],
+        "empty": b"",
+        "magic": b"X" + data[1:],
+    }
+    if how in whole:
+        return whole[how]
+    first, _ = header["arrays"]
+    if how == "fewer":  # arrays, with their bytes
+        header["arrays"], rest = [first], rest[: 4 * first["shape"][0] * first["shape"][1]]
     elif how == "missing":
-        del header["arrays"][0]["shape"]
-    elif how == "shape":
-        header["arrays"][0]["shape"] = [8, 3]
+        del first["shape"]
     elif how == "identity":
         header["identity"] = "another"
+    else:
+        first |= {
+            "huge": {"shape": [1 << 40, 1 << 40]},
+            "object": {"dtype": "|O"},
+            "shape": {"shape": [8, 3]},
+        }[how]
     text = json.dumps(header).encode()
     return data[:16] + len(text).to_bytes(8, "little") + text + rest
 
 
 @pytest.mark.parametrize(
-    "how", ["flipped", "cut", "empty", "magic", "huge", "object", "missing", "shape", "identity"]
+    "how", ["flipped", "cut", "empty", "magic", "huge", "object", "missing", "shape", "fewer", "identity"]
 )
 def test_what_is_damaged_is_not_used(tmp_path: Path, how: str) -> None:
     cache = PrefixCache(ROOM, "model", tmp_path, ROOM)
@@ -127,6 +134,8 @@ def test_what_is_damaged_is_not_used(tmp_path: Path, how: str) -> None:
     path.write_bytes(damaged(path.read_bytes(), how))
     again = PrefixCache(ROOM, "model", tmp_path, ROOM)
     assert restored(again, [5] * 30) == (0, 0.0)
+    again.store([5] * 30, filled(30, 6.0))
+    assert restored(again, [5] * 40) == (30, 6.0), "it goes on from nothing"
     again.close()
 
 
@@ -145,7 +154,8 @@ def test_files_are_bounded_too(tmp_path: Path) -> None:
 
 def test_what_a_conversation_left_behind_goes_first() -> None:
     size = sum(array.nbytes for array in filled(20, 0).arrays())
-    cache = PrefixCache(5 * size, "model")  # 40 tokens take a little more than 20
+    # The first one's block stays with the one that goes on from it, so leaving frees a little less than it took.
+    cache = PrefixCache(5 * size + 32, "model")
     first, second = [1] * 50, [2] * 50
     cache.store(second[:20], filled(20, 2.0))
     cache.store(first[:20], filled(20, 1.0))
@@ -187,3 +197,68 @@ def test_a_full_drive_costs_the_snapshot_and_nothing_else(tmp_path: Path) -> Non
     again.store(ids[:20], filled(20, 1.0))
     again.close()
     assert restored(PrefixCache(ROOM, "model", tmp_path, ROOM), ids) == (20, 1.0)
+
+
+def conversation(position: int) -> Any:
+    """A state whose keys are what its tokens made them, whatever came later."""
+    state = filled(position, float(position))
+    state.keys[...] = np.arange(64)[None, :, None]
+    return state
+
+
+def has_all(cache: PrefixCache, ids: list[int], position: int) -> bool:
+    state: Any = State()
+    length, blocks = cache.restore(state, ids), -(-position // 16)
+    keys = np.broadcast_to(np.arange(blocks)[None, :, None], (2, blocks, 4))
+    return (
+        length == position and state.recurrent[0, 0] == position and np.array_equal(state.arrays()[1], keys)
+    )
+
+
+def test_a_snapshot_shares_full_blocks_with_the_one_it_goes_on_from() -> None:
+    cache, ids, block = PrefixCache(ROOM, "model"), list(range(1000)), 2 * 4 * 2
+    rest = State().recurrent.nbytes
+    for position, blocks in (
+        (40, 3),
+        (40 + 7, 3 + 1),
+        (200, 4 + 11),
+    ):  # 40 tokens fill two blocks and a part of one
+        cache.store(ids[:position], conversation(position))
+        assert cache.nbytes == blocks * block + len(cache) * rest
+    for position in (40, 47, 200):
+        assert has_all(cache, ids[:position], position)
+    cache.store([7, *ids[1:100]], conversation(100))
+    assert cache.nbytes == (15 + 7) * block + 4 * rest, "another conversation shares nothing"
+
+
+def test_what_is_shared_stays_while_somebody_has_it() -> None:
+    ids, block, rest = list(range(1000)), 2 * 4 * 2, State().recurrent.nbytes
+    most = 40 * block + 3 * rest
+    cache = PrefixCache(most, "model")
+    for position in range(33, 400, 16):
+        cache.store(ids[:position], conversation(position))
+        assert cache.nbytes <= most
+        assert has_all(cache, ids[:position], position)
+    assert 1 <= len(cache) < 8, "of 23 those left behind went, and what they shared stayed"
+
+
+def test_a_long_chain_begins_anew() -> None:
+    cache, ids = PrefixCache(ROOM, "model"), list(range(1000))
+    for position in range(16, 16 * 40, 16):
+        cache.store(ids[:position], conversation(position))
+    assert all(has_all(cache, ids[:position], position) for position in range(16, 16 * 40, 16))
+    assert max(len(snapshot.pieces[1]) for snapshot in cache._held.values()) == 16
+
+
+def test_shared_blocks_reach_the_drive(tmp_path: Path) -> None:
+    cache, ids = PrefixCache(ROOM, "model", tmp_path, ROOM), list(range(100))
+    for position in (20, 45, 90):
+        cache.store(ids[:position], conversation(position))
+        while cache._unwritten:  # two may wait for the drive
+            time.sleep(0.001)
+    cache.close()
+    again = PrefixCache(ROOM, "model", tmp_path, ROOM)
+    assert all(has_all(again, ids[:position], position) for position in (90, 20, 45))
+    again.store(ids, conversation(100))
+    assert has_all(again, ids, 100), "it goes on from what was read"
+    again.close()

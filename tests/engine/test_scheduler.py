@@ -210,23 +210,6 @@ def test_a_known_prefix_is_not_processed_again(engine: Engine, expected: list[li
     assert same.ids == list(engine.generate_ids([*prompt[:33], 1], params(0), set()))
 
 
-@pytest.mark.parametrize(("slots", "kept"), [(80, [33, 40, 80]), (240, [33, 80])])
-def test_a_snapshot_a_few_tokens_on_is_worth_its_copy_where_experts_are_read(
-    demo_bundle: Path, slots: int, kept: list[int]
-) -> None:
-    prompt, cache = PROMPTS[2], PrefixCache(64 << 20, "demo")
-    options = EngineOptions(2 << 30, context=256, sequences=1, expert_slots=slots, prefill_chunk=64)
-    with Engine.open(demo_bundle, options) as engine:
-        for ids, at in ((prompt[:34], (33,)), (prompt[:81], (40, 80))):
-            # Another scheduler's places know nothing: the second prompt begins at the snapshot.
-            scheduler, answer = Scheduler(engine, prefix_cache=cache), Answer()
-            scheduler.submit(Generation(ids, params(1, max_tokens=1), snapshot_at=at), answer)
-            finish(scheduler, [answer])
-        assert answer.end is not None
-        assert answer.end.cached_tokens == 33
-    assert sorted(key.length for key in cache._held) == kept
-
-
 def test_what_cannot_be_queued(engine: Engine) -> None:
     scheduler = Scheduler(engine, most_waiting=2)
     with pytest.raises(PromptError, match="no tokens"):

@@ -67,7 +67,7 @@ def test_a_snapshot_is_the_whole_sequence(bundles: dict[str, Path], form: str, k
         saved = copied(first.arrays())
         wanted = engine.step([(first, ids[21:])], [0])[0].copy()
         engine.step([(second, ids[5:25])], [])  # another sequence was there before
-        second.restore(21, saved)
+        second.restore(21, [[array] for array in saved])
         np.testing.assert_array_equal(engine.step([(second, ids[21:])], [0])[0], wanted)
 
 

@@ -18,23 +18,34 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from flashmoe.engine.snapshot import Arrays, copied, load, save
+from flashmoe.engine.snapshot import Arrays, Pieces, copied, load, save
+from flashmoe.kernels.kv_cache import POSITIONS
 from flashmoe.models.decoder import SequenceState
 
 _SUFFIX = ".prefix"
 _WRITES = 2  # snapshots that may wait for the drive; more are not written, only kept in memory
+# Snapshots that share blocks; the next one has all of its own, so that restoring stays one pass.
+_LONGEST_CHAIN = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What is taken and given back together."""
+
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """parent: the longest snapshot in memory that this one goes on from, when it came."""
+    """blocks: memory of the growing arrays, shared with snapshots that this one goes on from; rest: of the others.
 
-    arrays: Arrays
+    parent: the longest snapshot in memory that this one goes on from, when it came.
+    """
+
+    pieces: Pieces
+    blocks: tuple[_Memory, ...]
+    rest: _Memory
     parent: _Key | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class _Key:
 class PrefixCache:
     """Keeps snapshots in memory, and on the drive when a directory is given.
 
+    A snapshot shares full blocks of keys and values with the one that it goes on from: a turn costs what it adds.
     When memory is short, those go first that exactly one other one goes on from: the conversation has left them behind,
     and no second one has begun there.  Then those used longest ago.
 
@@ -84,8 +96,7 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory, with those that wait for the drive."""
-        unwritten = self._unwritten.copy()  # its thread takes some away
-        return sum(snapshot.nbytes for snapshot in (self._held | unwritten).values())
+        return self._nbytes_with(())
 
     def __len__(self) -> int:
         return len(self._held)
@@ -99,13 +110,14 @@ class PrefixCache:
         for key in self._candidates(ids):
             snapshot = self._held.get(key)
             if snapshot is None:
-                arrays = self._read(key, ids)
+                pieces = self._read(key, ids)
             else:
-                arrays = snapshot.arrays
+                pieces = snapshot.pieces
                 self._held.move_to_end(key)
-            if arrays is not None and _restore(state, key.length, arrays):
+            if pieces is not None and _restore(state, key.length, pieces):
                 self.hits += 1
                 return key.length
+            self._held.pop(key, None)  # a file of another shape
         self.misses += 1
         return 0
 
@@ -115,13 +127,30 @@ class PrefixCache:
         if key in self._held:
             self._held.move_to_end(key)
             return
-        views, parent = state.arrays(), self._parent(ids)
-        if not self._make_room(sum(view.nbytes for view in views), parent):  # before it is taken
+        views, growing, parent = state.arrays(), state.growing(), self._parent(ids)
+        before, full, shared = self._shared(parent, growing)
+        added = [view[:, full:] for view, grows in zip(views, growing, strict=True) if grows]
+        others = [view for view, grows in zip(views, growing, strict=True) if not grows]
+        blocks, rest = (_Memory(sum(view.nbytes for view in part)) for part in (added, others))
+        if not self._make_room(blocks.nbytes + rest.nbytes, parent, before):  # before it is taken
             return
-        snapshot = self._held[key] = _Snapshot(copied(views), parent)
+        copies = {True: iter(copied(added)), False: iter(copied(others))}  # one can go without the other
+        pieces = [[*part, next(copies[grows])] for part, grows in zip(shared, growing, strict=True)]
+        snapshot = self._held[key] = _Snapshot(pieces, (*before, blocks), rest, parent)
         if self._writer is not None and len(self._unwritten) < _WRITES and not self._path(key).exists():
             self._unwritten[key] = snapshot
             self._writes.put(key)
+
+    def _shared(
+        self, parent: _Key | None, growing: Sequence[bool]
+    ) -> tuple[tuple[_Memory, ...], int, Pieces]:
+        """What a snapshot that goes on from `parent` need not copy: its memory, blocks, and them of each array."""
+        base = None if parent is None else self._held[parent]
+        if parent is None or base is None or len(base.blocks) >= _LONGEST_CHAIN:
+            return (), 0, [[] for _ in growing]
+        full = parent.length // POSITIONS
+        parts = zip(base.pieces, growing, strict=True)
+        return base.blocks, full, [_first(pieces, full if grows else 0) for pieces, grows in parts]
 
     def close(self) -> None:
         """Finish writing."""
@@ -145,11 +174,22 @@ class PrefixCache:
             (key for key in self._candidates(ids) if key in self._held and key.length < len(ids)), None
         )
 
-    def _make_room(self, nbytes: int, parent: _Key | None) -> bool:
-        """Let others go until that much more fits; False when it cannot.  parent: of the one that comes."""
+    def _nbytes_with(self, kept: Sequence[_Memory]) -> int:
+        """Bytes held, with those that wait for the drive and with `kept`."""
+        unwritten = self._unwritten.copy()  # its thread takes some away
+        memory = {id(one): one.nbytes for one in kept}
+        for snapshot in (*self._held.values(), *unwritten.values()):
+            memory |= {id(one): one.nbytes for one in (*snapshot.blocks, snapshot.rest)}
+        return sum(memory.values())
+
+    def _make_room(self, nbytes: int, parent: _Key | None, kept: Sequence[_Memory] = ()) -> bool:
+        """Let others go until that much more fits beside `kept`; False when it cannot.
+
+        parent, kept: of the one that comes, and what it shares.
+        """
         if nbytes > self._most:
             return False
-        while self.nbytes + nbytes > self._most:
+        while self._nbytes_with(kept) + nbytes > self._most:
             gone = self._least_useful(parent)
             if gone is None:  # the drive is slow, and its thread holds the rest
                 return False
@@ -171,7 +211,7 @@ class PrefixCache:
             return []
         return [path for path in self._directory.glob(f"*-*{_SUFFIX}") if path.name.split("-")[0].isdecimal()]
 
-    def _read(self, key: _Key, ids: Sequence[int]) -> Arrays | None:
+    def _read(self, key: _Key, ids: Sequence[int]) -> Pieces | None:
         """A snapshot from the drive, and into memory; None if there is no room.  A file that is no good goes."""
         if self._directory is None:
             return None
@@ -184,14 +224,15 @@ class PrefixCache:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # whatever a header can be
             path.unlink(missing_ok=True)
             return None
-        self._held[key] = _Snapshot(arrays, parent)
-        return arrays
+        pieces, memory = [[array] for array in arrays], _Memory(sum(array.nbytes for array in arrays))
+        self._held[key] = _Snapshot(pieces, (memory,), _Memory(0), parent)
+        return pieces
 
     def _write_all(self) -> None:
         while (key := self._writes.get()) is not None:
             partial = self._path(key).with_suffix(".partial")
             try:
-                save(partial, self._identity, self._unwritten[key].arrays)
+                save(partial, self._identity, self._unwritten[key].pieces)
                 self._trim(partial.stat().st_size)
                 partial.rename(self._path(key))
             except OSError:  # a full drive costs the snapshot, not the answer
@@ -215,12 +256,30 @@ def _digest(ids: Sequence[int] | NDArray[np.int32]) -> str:
     return xxhash.xxh3_128_hexdigest(np.asarray(ids, np.int32).tobytes())
 
 
-def _restore(state: SequenceState, length: int, arrays: Arrays) -> bool:
+def _first(pieces: Arrays, entries: int) -> Arrays:
+    """The first entries along the second axis."""
+    first = Arrays()
+    for piece in pieces:
+        if entries <= 0:
+            break
+        first.append(piece[:, :entries])
+        entries -= piece.shape[1]
+    return first
+
+
+def _restore(state: SequenceState, length: int, snapshot: Pieces) -> bool:
     """False, with the state cleared, when the snapshot is of another shape."""
     state.position = length
-    mine = state.arrays()
-    if [(a.shape, a.dtype) for a in mine] != [(a.shape, a.dtype) for a in arrays]:
+    mine = [(array.shape, array.dtype) for array in state.arrays()]
+    if mine != [(_joined_shape(pieces), pieces[0].dtype) for pieces in snapshot]:
         state.clear()
         return False
-    state.restore(length, arrays)
+    state.restore(length, snapshot)
     return True
+
+
+def _joined_shape(pieces: Arrays) -> tuple[int, ...]:
+    first = pieces[0].shape
+    if len(pieces) == 1:
+        return first
+    return (first[0], sum(piece.shape[1] for piece in pieces), *first[2:])

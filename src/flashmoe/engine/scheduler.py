@@ -26,9 +26,6 @@ _SMALLEST_PIECE = 16
 # While nobody waits, conversations are prepared for their next turn in pieces of so many tokens: long enough to use
 # each expert that is read for several of them, and a request that comes meanwhile waits for one piece only.
 _QUIET_PIECE = 256
-# With every expert in memory so few tokens take less time than the copy of a state: 20 ms for 7 tokens, and 60 to 230
-# for 70 MiB into memory that the host has to give.  The first token of the next turn would wait for it.
-_NOT_WORTH_A_COPY = 16
 
 
 @dataclass(eq=False)
@@ -239,8 +236,7 @@ class Scheduler:
         batch = decoding
         for job in jobs:
             if job.left > 1 and room > 0:
-                until = min((at for at in self._snapshots(job) if at > job.done), default=len(job.ids))
-                count = min(job.left, room, until - job.done)
+                count = min(job.left, room, _next_snapshot(job) - job.done)
                 batch.append((job, count))
                 room -= count
         return batch
@@ -258,14 +254,8 @@ class Scheduler:
             self._piece = min(self._engine.plan.prefill_chunk, 2 * self._piece)
 
     def _snapshot(self, job: Job) -> None:
-        if self._prefixes is not None and job.done in self._snapshots(job):
+        if self._prefixes is not None and job.done in job.generation.snapshot_at:
             self._prefixes.store(job.ids[: job.done], _state(job))
-
-    def _snapshots(self, job: Job) -> list[int]:
-        """The positions to keep, of those asked for."""
-        plan = self._engine.plan
-        least = job.cached + _NOT_WORTH_A_COPY if job.cached and plan.slots >= plan.experts else 0
-        return [at for at in job.generation.snapshot_at if at >= least]
 
     def _advance(self, job: Job, logits: F32) -> None:
         """Choose the answer's next token and tell it, or end the answer."""
@@ -322,6 +312,11 @@ class Scheduler:
 def _state(job: Job) -> SequenceState:
     assert job.state is not None, "a waiting answer has no state"
     return job.state
+
+
+def _next_snapshot(job: Job) -> int:
+    """The next position at which the step must end."""
+    return min((at for at in job.generation.snapshot_at if at > job.done), default=len(job.ids))
 
 
 def _event(token: int, logits: F32, count: int | None) -> Token:

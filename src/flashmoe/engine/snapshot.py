@@ -19,6 +19,7 @@ _MAX_HEADER = 1 << 20
 _LINE = 64  # arrays begin at cache lines
 
 Arrays = list[NDArray[Any]]
+Pieces = list[Arrays]  # of each array, one after the other along its second axis
 
 
 def copied(views: Sequence[NDArray[Any]]) -> Arrays:
@@ -29,16 +30,16 @@ def copied(views: Sequence[NDArray[Any]]) -> Arrays:
     return arrays
 
 
-def save(path: Path, identity: str, arrays: Arrays) -> None:
-    """Write a snapshot and have it reach the drive.  Raises OSError."""
+def save(path: Path, identity: str, snapshot: Pieces) -> None:
+    """Write a snapshot and have it reach the drive; arrays are joined one at a time.  Raises OSError."""
     entries = [
         {"dtype": array.dtype.str, "shape": array.shape, "xxh3": xxhash.xxh3_64_hexdigest(_bytes(array))}
-        for array in arrays
+        for array in map(_joined, snapshot)
     ]
     header = json.dumps({"identity": identity, "arrays": entries}).encode()
     with path.open("wb") as file:
         file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-        for array in arrays:
+        for array in map(_joined, snapshot):
             file.write(_bytes(array))
         file.flush()
         os.fsync(file.fileno())
@@ -71,6 +72,10 @@ def load(path: Path, identity: str, most: int) -> Arrays:
             if xxhash.xxh3_64_hexdigest(_bytes(array)) != entry["xxh3"]:
                 raise ValueError("damaged")
     return arrays
+
+
+def _joined(pieces: Arrays) -> NDArray[Any]:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
 
 def _blank(shapes: Sequence[tuple[tuple[int, ...], DTypeLike]]) -> Arrays:

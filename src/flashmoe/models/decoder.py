@@ -32,11 +32,22 @@ class SequenceState:
         """Views of all that the sequence's `position` tokens have left: copies of them are a snapshot of it."""
         return [array for layer in self.layers for array in layer.arrays(self.position)]
 
-    def restore(self, position: int, arrays: Sequence[NDArray[Any]]) -> None:
-        """Become the sequence that a snapshot (copies of arrays() at `position`) was taken of."""
+    def growing(self) -> list[bool]:
+        """Of each array: LayerState.grows."""
+        return [layer.grows for layer in self.layers for _ in layer.arrays(self.position)]
+
+    def restore(self, position: int, arrays: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """Become the sequence that a snapshot (copies of arrays() at `position`) was taken of.
+
+        Each array may come in pieces, one after the other along its second axis.
+        """
         self.position = position
-        for mine, saved in zip(self.arrays(), arrays, strict=True):
-            mine[...] = saved
+        for mine, pieces in zip(self.arrays(), arrays, strict=True):
+            begin = 0
+            for piece in pieces:
+                end = begin + piece.shape[1]
+                mine[:, begin:end] = piece
+                begin = end
 
     def clear(self) -> None:
         """Start a new sequence in the same memory."""

@@ -120,6 +120,8 @@ class KeyValueCache:
         """Bytes of one position's keys and values."""
         return int((self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1]))
 
+    grows: ClassVar[bool] = True
+
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of the blocks that hold the first `position` positions."""
         blocks = -(-position // POSITIONS)

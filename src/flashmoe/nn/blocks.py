@@ -45,7 +45,13 @@ class Experts(Protocol):
 
 
 class LayerState(Protocol):
-    """What a sequence carries from token to token in one layer."""
+    """What a sequence carries from token to token in one layer.
+
+    grows: its arrays grow along their second axis, in blocks of POSITIONS tokens (kernels/kv_cache.py), and no later
+    token changes a full block.
+    """
+
+    grows: ClassVar[bool]
 
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of all that the sequence's first `position` tokens have left."""

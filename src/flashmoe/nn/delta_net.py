@@ -94,6 +94,8 @@ class DeltaNetState:
             np.zeros((shape.value_heads, shape.key_dim, shape.value_dim), np.float32),
         )
 
+    grows: ClassVar[bool] = False
+
     def arrays(self, position: int) -> list[F32]:
         """All of it, whatever the position."""
         return [self.conv, self.memory]

@@ -121,6 +121,8 @@ class LatentCache:
         """Bytes of one position."""
         return int(self.latents.nbytes // (POSITIONS * self.latents.shape[1]))
 
+    grows: ClassVar[bool] = True
+
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of the blocks that hold the first `position` positions."""
         return [self.latents[:, : -(-position // POSITIONS)]]
