@@ -79,7 +79,8 @@ void QuantOps::logits(const float* x, int64_t tokens, int64_t cols, const Matrix
     input.gather({&token, 1}, true, planes);
     const Activations own = activations_of(planes, true, cols);
     float* y = out + t * w->rows;
-    for (const int64_t tile : LargestTiles(y, w->rows).ordered()) {
+    LargestTiles largest(y, w->rows);
+    for (const int64_t tile : largest.ordered()) {
       kernels_.matmul(*w, own, {nullptr, nullptr}, tile, tile + 1, y, w->rows);
     }
   });
