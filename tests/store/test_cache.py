@@ -410,6 +410,16 @@ def test_what_was_read_ahead_of_a_later_layer_waits_for_it(make_world: MakeWorld
     world.check()
 
 
+def test_an_expert_that_is_guessed_twice_is_read_once(make_world: MakeWorld) -> None:
+    world = make_world(9, k=2)
+    with world.cache.request(0, [0]) as request:
+        assert request.next_ready()
+        request.foresee((1, [3]), (2, [3]), (1, [3, 3]))
+    world.request(1, [3])
+    assert experts_read(world).count((1, 3)) == 1
+    world.check()
+
+
 def test_what_was_read_ahead_leaves_when_a_small_pool_needs_its_slot(make_world: MakeWorld) -> None:
     world = make_world(4, k=2, order=ORDERS["all, newest first"])
     with world.cache.request(0, [0]) as request:

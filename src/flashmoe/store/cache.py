@@ -186,13 +186,9 @@ class ExpertCache:
 
     def stats(self) -> CacheStats:
         """Counters so far."""
-        return CacheStats(
-            {layer: replace(counts) for layer, counts in self._layer_stats.items()},
-            self._reads.nbytes,
-            self._reads.wasted,
-            self._reads.queue.busy_seconds,
-            self._reads.queue.read_seconds,
-        )
+        layers = {layer: replace(counts) for layer, counts in self._layer_stats.items()}
+        reads, queue = self._reads, self._reads.queue
+        return CacheStats(layers, reads.nbytes, reads.wasted, queue.busy_seconds, queue.read_seconds)
 
     def resident(self, layer: int) -> dict[int, int]:
         """expert -> slot of what is in memory now (a copy)."""
@@ -361,9 +357,9 @@ class ExpertCache:
     def _end_guesses(self, layer: int, experts: Sequence[int], slots: int) -> int:
         """The layer is asked for `experts` now.  What has been read ahead of it, right or wrong, becomes resident.
 
-        Guesses whose read has not begun are taken back; the right ones among them are then read as others are.  In the
-        smallest pools it waits for the rest, if `slots` slots cannot be had beside them, and what has been read ahead
-        of later layers becomes resident too, so that it can leave.  How many of `experts` have become resident.
+        Guesses whose read has not begun are taken back; the right ones among them are then read as others are.  If
+        `slots` slots cannot be had beside them, as in the smallest pools, it waits for the rest, and what has been read
+        ahead of later layers becomes resident too.  How many of `experts` have become resident.
         """
         if not self._foreseen and not self._landed:
             return 0
@@ -382,7 +378,7 @@ class ExpertCache:
             self._settle({})
             raise
         crowded = slots + len(self._foreseen) + len(self._landed) > self._arena.count
-        return self._adopt(layer, experts, len(self._resident) if crowded else layer)
+        return self._adopt(layer, experts, max(self._resident) if crowded else layer)
 
     def _withdraw(self) -> None:
         """Take back the guesses whose read has not begun."""
@@ -434,10 +430,9 @@ class ExpertCache:
     def _foresee(self, guesses: Sequence[tuple[int, Sequence[int]]], using: int, keep: set[int]) -> None:
         """Start reading experts of coming layers, and no others; `keep` of layer `using` must stay."""
         self._withdraw()
-        known = self.coming
         for layer, experts in guesses:
             for expert in experts:
-                if expert in self._resident[layer] or (layer, expert) in known:
+                if expert in self._resident[layer] or (layer, expert) in self.coming:
                     continue
                 slot = self._take(using, keep)
                 if slot is None:
