@@ -145,9 +145,9 @@ class PrefixCache:
         self, parent: _Key | None, growing: Sequence[bool]
     ) -> tuple[tuple[_Memory, ...], int, Pieces]:
         """What a snapshot that goes on from `parent` need not copy: its memory, blocks, and them of each array."""
-        base = None if parent is None else self._held[parent]
-        if parent is None or base is None or len(base.blocks) >= _LONGEST_CHAIN:
+        if parent is None or len(self._held[parent].blocks) >= _LONGEST_CHAIN:
             return (), 0, [[] for _ in growing]
+        base = self._held[parent]
         full = parent.length // POSITIONS
         parts = zip(base.pieces, growing, strict=True)
         return base.blocks, full, [_first(pieces, full if grows else 0) for pieces, grows in parts]

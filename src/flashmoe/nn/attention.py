@@ -104,6 +104,8 @@ class AttentionShape(MixerShape):
 class KeyValueCache:
     """Keys (after norm and rotation) and values of one layer, as kernels/kv_cache.py lays them out."""
 
+    grows: ClassVar[bool] = True
+
     def __init__(self, shape: AttentionShape, context: int, dtype: DTypeLike) -> None:
         size = cache_shape(shape.kv_heads, context, shape.head_dim, dtype)
         # Zero pages cost nothing until they are written: memory grows with the conversation.
@@ -119,8 +121,6 @@ class KeyValueCache:
     def position_nbytes(self) -> int:
         """Bytes of one position's keys and values."""
         return int((self.keys.nbytes + self.values.nbytes) // (POSITIONS * self.keys.shape[1]))
-
-    grows: ClassVar[bool] = True
 
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of the blocks that hold the first `position` positions."""

@@ -83,6 +83,8 @@ class DeltaNetShape(MixerShape):
 class DeltaNetState:
     """What a sequence carries from token to token in one layer."""
 
+    grows: ClassVar[bool] = False
+
     conv: F32  # [kernel - 1, channels]: the last inputs of the convolution
     memory: F32  # [value_heads, key_dim, value_dim]
 
@@ -93,8 +95,6 @@ class DeltaNetState:
             np.zeros((shape.conv_kernel - 1, shape.channels), np.float32),
             np.zeros((shape.value_heads, shape.key_dim, shape.value_dim), np.float32),
         )
-
-    grows: ClassVar[bool] = False
 
     def arrays(self, position: int) -> list[F32]:
         """All of it, whatever the position."""

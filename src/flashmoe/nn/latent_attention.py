@@ -107,6 +107,8 @@ class LatentAttentionShape(MixerShape):
 class LatentCache:
     """Latents and rotated keys of one layer, as kernels/kv_cache.py lays them out."""
 
+    grows: ClassVar[bool] = True
+
     def __init__(self, shape: LatentAttentionShape, context: int, dtype: DTypeLike) -> None:
         # Zero pages cost nothing until they are written: memory grows with the conversation.
         self.latents: NDArray[Any] = np.zeros(cache_shape(1, context, shape.width, dtype), dtype)
@@ -120,8 +122,6 @@ class LatentCache:
     def position_nbytes(self) -> int:
         """Bytes of one position."""
         return int(self.latents.nbytes // (POSITIONS * self.latents.shape[1]))
-
-    grows: ClassVar[bool] = True
 
     def arrays(self, position: int) -> list[NDArray[Any]]:
         """Views of the blocks that hold the first `position` positions."""

@@ -291,8 +291,7 @@ class ExpertCache:
         if then is None:
             return
         layer, experts = then
-        ahead = [*self._foreseen.values(), *self._arrived.values(), *self._landed.values()]
-        known = {expert for owner, expert in ahead if owner == layer}
+        known = {e for owner, e in (*self.coming, *self._arrived.values()) if owner == layer}
         for expert in experts:
             # One staging slot stays: the next stream may begin with an expert that nobody has foreseen.
             if len(known) >= MAX_STAGING or (len(self._staging) < 2 and not self._arena.free):
@@ -430,14 +429,14 @@ class ExpertCache:
     def _foresee(self, guesses: Sequence[tuple[int, Sequence[int]]], using: int, keep: set[int]) -> None:
         """Start reading experts of coming layers, and no others; `keep` of layer `using` must stay."""
         self._withdraw()
-        for layer, experts in guesses:
-            for expert in experts:
-                if expert in self._resident[layer] or (layer, expert) in self.coming:
-                    continue
-                slot = self._take(using, keep)
-                if slot is None:
-                    return
-                self._submit_ahead(layer, expert, slot, prefetch=True)
+        known = self.coming
+        for layer, expert in dict.fromkeys((layer, e) for layer, experts in guesses for e in experts):
+            if expert in self._resident[layer] or (layer, expert) in known:
+                continue
+            slot = self._take(using, keep)
+            if slot is None:
+                return
+            self._submit_ahead(layer, expert, slot, prefetch=True)
 
     def _submit_ahead(self, layer: int, expert: int, slot: int, prefetch: bool = False) -> None:
         self._foreseen[slot] = (layer, expert)
