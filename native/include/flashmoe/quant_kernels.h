@@ -56,8 +56,8 @@ inline int64_t plane_index(int64_t groups, int64_t tokens, int64_t token, int64_
 }
 
 // Where the rows of a group begin that a block's tokens bring to its products: `count` high planes in the
-// order of the tokens, then `count` low planes, those that count first.  A product takes as many of these
-// neighbours as it needs; low planes that lay elsewhere cost it twice their number in multiplications.
+// order of the tokens, then room for `count` low planes, those that count first.  A product takes as many of
+// these neighbours as it needs; low planes that lay elsewhere cost it twice their number in multiplications.
 inline int64_t first_row(int64_t groups, int64_t first_token, int64_t count, int64_t g) {
   return 2 * (first_token * groups + g * count);
 }
@@ -86,8 +86,15 @@ struct Activations {
   int64_t cols = 0;
 };
 
-// Brings the low planes that count to the front, in the blocks of the tokens [begin, end).
-void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t begin, int64_t end);
+// Activations before they are quantised.
+struct FloatRows {
+  const float* x = nullptr;
+  int64_t stride = 0;  // floats from one token to the next
+  int64_t cols = 0;    // a multiple of group
+  int group = 64;
+  float coarse_limit = 0.0f;
+  bool every = false;  // low planes that do not count are made too, behind those that do
+};
 
 // Where the results of a product go, for each token of the activations.
 struct TokenRows {
@@ -115,11 +122,10 @@ struct Glu {
 constexpr int64_t kPeakMultiplyAdds = 1024 * 12;  // of one round of multiply_registers
 
 struct QuantKernels {
-  // A token's planes: high = round(x / scale) with scale = amax / 127, low = round(128 * the rest);
-  // fine where amax exceeds coarse_limit times the root mean square of x[0, cols).  cols % group == 0.  When
-  // all tokens of a block are there, order_low_planes (below) has to follow.
-  void (*quantize)(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
-                   const PlaneRows& out);
+  // The planes of groups [begin, end) of the block of tokens that starts with `first`: high = round(x /
+  // scale) with scale = amax / 127, low = round(128 * the rest); fine where amax exceeds coarse_limit times
+  // the root mean square of the token's row.
+  void (*quantize)(const FloatRows& x, int64_t first, int64_t begin, int64_t end, const PlaneRows& out);
   // Group sums alone, for the f32 path: sum[plane_index].
   void (*group_sums)(const float* x, int64_t cols, int group, int64_t token, int64_t tokens, float* sum);
   // Rows [16 * tile_begin, 16 * tile_end) of W x for each token; out rows are out_stride floats apart.

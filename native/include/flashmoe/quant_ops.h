@@ -63,15 +63,17 @@ inline Activations activations_of(const PlaneRows& rows, bool precise, int64_t c
   return {rows, precise, nullptr, nullptr, rows.tokens, cols};
 }
 
+// All planes of out.tokens tokens, with the pool's threads or the caller's alone.
+void quantize_rows(const QuantKernels& kernels, ThreadPool& pool, const FloatRows& x, const PlaneRows& out);
+void quantize_rows(const QuantKernels& kernels, const FloatRows& x, const PlaneRows& out);
+
 // Quantised (or, on the f32 path, referenced) activations of some tokens, ready for any number of products.
 // Holds a pointer to the floats it was made from; not thread-safe.
 class TokenInput {
  public:
-  // x: [tokens, cols]; cols must be a multiple of group.  The f32 path keeps x itself, which must stay valid.
-  // limit: kCoarseLimit or kCoarseLimitGated.
-  void set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens, int64_t cols,
-           int group, bool int8, float limit);
-  // precise: the low plane counts in every group.
+  // x: rows one after another.  The f32 path keeps them where they are; they must stay valid.
+  void set(const QuantKernels& kernels, ThreadPool& pool, const FloatRows& x, int64_t tokens, bool int8);
+  // precise: the low plane counts in every group; here and in gather only when x.every was set.
   Activations view(bool precise) const;
   // Copies the rows `chosen` to `to` (int8 path) or `x` (f32 path, with their group sums to `sums`).
   void gather(std::span<const int32_t> chosen, bool precise, const PlaneRows& to) const;
@@ -200,6 +202,9 @@ class QuantOps {
  private:
   struct Job;
 
+  // x.group is each matrix's; x.every at least where precise.
+  void multiply(FloatRows x, int64_t tokens, std::span<const Matrix> weights, std::span<float* const> outs,
+                bool precise);
   void multiply_rows(const Matrix& matrix, const float* x, int64_t tokens, bool precise, int64_t tile_begin,
                      int64_t tile_end, float* out);
   void lay_out(std::span<const ExpertJob> jobs, std::span<const int32_t> tokens);

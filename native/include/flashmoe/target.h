@@ -17,8 +17,9 @@
 #endif
 
 #define FLASHMOE_TARGET_BEGIN_AVX2 FLASHMOE_TARGET_BEGIN("avx2,fma,f16c")
+// prfchw: without it a prefetch for a store asks for a line to read, and the store fetches it once more.
 #define FLASHMOE_TARGET_BEGIN_AVX512 \
-  FLASHMOE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+  FLASHMOE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prfchw")
 
 #if defined(__clang__)
 #define FLASHMOE_TARGET_BEGIN_DOTPROD FLASHMOE_TARGET_BEGIN("dotprod")

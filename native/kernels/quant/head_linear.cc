@@ -52,10 +52,7 @@ void QuantOps::head_linear(const float* x, int64_t tokens, int64_t heads, int64_
     Activations input;
     if (int8_) {
       const PlaneRows planes = head_planes_.rows(h * room, tokens);
-      for (int64_t t = 0; t < tokens; ++t) {
-        kernels_.quantize(x + t * x_step + h * x_width, cols, w.group, kCoarseLimit, t, planes);
-      }
-      order_low_planes(planes, w.groups, w.group, 0, tokens);
+      quantize_rows(kernels_, {x + h * x_width, x_step, cols, w.group, kCoarseLimit, precise}, planes);
       input = activations_of(planes, precise, cols);
     } else {
       float* own = head_rows_.data() + h * (room + room / 32);

@@ -67,7 +67,7 @@ class LargestTiles {
 }  // namespace
 
 void QuantOps::logits(const float* x, int64_t tokens, int64_t cols, const Matrix& weight, float* out) {
-  linear(x, tokens, cols, {&weight, 1}, {&out, 1}, false);
+  multiply({x, cols, cols, 0, kCoarseLimit, true}, tokens, {&weight, 1}, {&out, 1}, false);
   const auto* w = std::get_if<TileMatrix>(&weight);
   if (w == nullptr || !int8_) return;  // no planes to be had
   const TokenInput& input = linear_input_[w->group == 64 ? 1 : 0];

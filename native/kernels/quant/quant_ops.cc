@@ -9,7 +9,7 @@ namespace flashmoe {
 
 namespace {
 
-// Scales of neighbouring tokens share cache lines, sixteen to a line: threads that took turns token by token
+// Sums of neighbouring tokens share cache lines, sixteen to a line: threads that took turns token by token
 // wrested them from each other, and a group of 64 values took 600 cycles instead of 60.
 constexpr int64_t kLineTokens = 16;
 
@@ -39,35 +39,26 @@ int64_t PlaneBuffer::nbytes() const {
          fine_.nbytes() + low_at_.nbytes() + marked_.nbytes();
 }
 
-void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const float* x, int64_t tokens,
-                     int64_t cols, int group, bool int8, float limit) {
-  float* sums = int8 ? nullptr : f32_sums_.at_least(tokens * cols / group);
+void TokenInput::set(const QuantKernels& kernels, ThreadPool& pool, const FloatRows& x, int64_t tokens,
+                     bool int8) {
+  x_ = x.x;
+  tokens_ = tokens;
+  cols_ = x.cols;
+  group_ = x.group;
+  int8_ = int8;
   if (int8) {
-    planes_.reserve(tokens * cols);
+    planes_.reserve(tokens * x.cols);
     rows_ = planes_.rows(0, tokens);
+    return quantize_rows(kernels, pool, x, rows_);
   }
+  float* sums = f32_sums_.at_least(tokens * x.cols / x.group);
   const int64_t together = tokens >= 2 * kLineTokens ? kLineTokens : 1;
   pool.parallel_for(tasks_of(tokens, together), [&](int64_t task) {
     const int64_t end = std::min(tokens, (task + 1) * together);
     for (int64_t t = task * together; t < end; ++t) {
-      if (int8) {
-        kernels.quantize(x + t * cols, cols, group, limit, t, rows_);
-      } else {
-        kernels.group_sums(x + t * cols, cols, group, t, tokens, sums);
-      }
+      kernels.group_sums(x.x + t * x.cols, x.cols, x.group, t, tokens, sums);
     }
   });
-  if (int8) {
-    pool.parallel_for(tasks_of(tokens, kTokenBlock), [&](int64_t block) {
-      const int64_t first = block * kTokenBlock;
-      order_low_planes(rows_, cols / group, group, first, first + 1);
-    });
-  }
-  x_ = x;
-  tokens_ = tokens;
-  cols_ = cols;
-  group_ = group;
-  int8_ = int8;
 }
 
 Activations TokenInput::view(bool precise) const {
@@ -98,36 +89,28 @@ void copy_row(const PlaneRows& from, int64_t at, const PlaneRows& to, int64_t to
 
 int64_t block_tokens(int64_t tokens, int64_t first) { return std::min(kTokenBlock, tokens - first); }
 
-// Exchanges two low planes of group `at` (plane_index of the block's first token), numbered from `low` on.
-void swap_low_planes(const PlaneRows& rows, int64_t at, int64_t low, int64_t i, int64_t j, int group) {
-  int8_t* a = rows.codes + (low + i) * group;
-  std::swap_ranges(a, a + group, rows.codes + (low + j) * group);
-  std::swap(rows.scale[low + i], rows.scale[low + j]);
-  std::swap(rows.token[low + i], rows.token[low + j]);
-  rows.low_at[at + rows.token[low + i]] = static_cast<uint8_t>(i);
-  rows.low_at[at + rows.token[low + j]] = static_cast<uint8_t>(j);
-}
-
-void order_block(const PlaneRows& rows, int64_t groups, int group, int64_t first) {
-  const int64_t count = block_tokens(rows.tokens, first);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = plane_index(groups, rows.tokens, first, g);
-    const int64_t low = first_row(groups, first, count, g) + count;
-    int64_t marked = 0;
-    for (int64_t t = 0; t < count; ++t) {
-      if (rows.fine[at + t] == 0) continue;
-      // Planes have moved to places up to t only: token t's own is still where quantize put it.
-      if (marked != t) swap_low_planes(rows, at, low, marked, t, group);
-      ++marked;
-    }
-    rows.marked[first / kTokenBlock * groups + g] = static_cast<uint8_t>(marked);
-  }
-}
+// Tasks for each thread: enough to level out the end.
+constexpr int64_t kTasksEach = 2;
+// Fewer tokens are quantised before another thread has heard of it.
+constexpr int64_t kFewTokens = 16;
 
 }  // namespace
 
-void order_low_planes(const PlaneRows& rows, int64_t groups, int group, int64_t begin, int64_t end) {
-  for (int64_t first = begin; first < end; first += kTokenBlock) order_block(rows, groups, group, first);
+void quantize_rows(const QuantKernels& kernels, ThreadPool& pool, const FloatRows& x, const PlaneRows& out) {
+  if (out.tokens == 0) return;
+  const int64_t blocks = tasks_of(out.tokens, kTokenBlock), groups = x.cols / x.group;
+  const int64_t wanted = pool.threads() > 1 && out.tokens >= kFewTokens ? kTasksEach * pool.threads() : 1;
+  const int64_t together = tasks_of(groups, tasks_of(wanted, blocks)), ranges = tasks_of(groups, together);
+  pool.parallel_for(blocks * ranges, [&](int64_t task) {
+    const int64_t begin = task % ranges * together;
+    kernels.quantize(x, task / ranges * kTokenBlock, begin, std::min(groups, begin + together), out);
+  });
+}
+
+void quantize_rows(const QuantKernels& kernels, const FloatRows& x, const PlaneRows& out) {
+  for (int64_t first = 0; first < out.tokens; first += kTokenBlock) {
+    kernels.quantize(x, first, 0, x.cols / x.group, out);
+  }
 }
 
 void TokenInput::gather(std::span<const int32_t> chosen, bool precise, const PlaneRows& to) const {
@@ -162,11 +145,18 @@ void TokenInput::gather_f32(std::span<const int32_t> chosen, float* x, float* su
 }
 
 void QuantOps::prepare(TokenInput& input, const float* x, int64_t tokens, int64_t cols, int group) {
-  input.set(kernels_, pool_, x, tokens, cols, group, int8_, kCoarseLimit);
+  // A shared block that is precise may take it too.
+  input.set(kernels_, pool_, {x, cols, cols, group, kCoarseLimit, true}, tokens, int8_);
 }
 
 void QuantOps::linear(const float* x, int64_t tokens, int64_t cols, std::span<const Matrix> weights,
                       std::span<float* const> outs, bool precise, bool gated) {
+  multiply({x, cols, cols, 0, gated ? kCoarseLimitGated : kCoarseLimit, precise}, tokens, weights, outs,
+           precise);
+}
+
+void QuantOps::multiply(FloatRows x, int64_t tokens, std::span<const Matrix> weights,
+                        std::span<float* const> outs, bool precise) {
   WorkRun runs[kMaxLinearWeights];
   bool ready[2] = {false, false};
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -176,17 +166,15 @@ void QuantOps::linear(const float* x, int64_t tokens, int64_t cols, std::span<co
     }
     const TileMatrix& w = std::get<TileMatrix>(weights[i]);
     const int slot = w.group == 64 ? 1 : 0;
-    if (!ready[slot]) {
-      linear_input_[slot].set(kernels_, pool_, x, tokens, cols, w.group, int8_,
-                              gated ? kCoarseLimitGated : kCoarseLimit);
-    }
+    x.group = w.group;
+    if (!ready[slot]) linear_input_[slot].set(kernels_, pool_, x, tokens, int8_);
     ready[slot] = true;
     runs[i] = {w.row_tiles(), w.groups * w.tile_stride};
   }
   split_.cut({runs, weights.size()}, pool_.threads(), kTaskNbytes);
   pool_.parallel_for(split_.tasks(), [&](int64_t task) {
     split_.for_each_piece(task, [&](size_t i, int64_t begin, int64_t end) {
-      multiply_rows(weights[i], x, tokens, precise, begin, end, outs[i]);
+      multiply_rows(weights[i], x.x, tokens, precise, begin, end, outs[i]);
     });
   });
 }

@@ -12,73 +12,99 @@ FLASHMOE_INLINE float mean_square(const float* x, int64_t cols) {
   return reduce_add(sum) / static_cast<float>(cols);
 }
 
-// Where group g of a token goes.
-struct PlanePlace {
-  int64_t high;  // rows
-  int64_t low;
-  int64_t at;  // plane_index
-  uint8_t token;
+alignas(64) constexpr float kZeros[64] = {};
+
+// A token's values of one group, and what they are multiplied by.
+struct PlaneSource {
+  const float* in;
+  int group;
+  float inverse;
 };
 
-FLASHMOE_INLINE PlanePlace plane_place(int64_t groups, int64_t tokens, int64_t token, int64_t g) {
-  const int64_t first = token / kTokenBlock * kTokenBlock, left = tokens - first;
-  const int64_t count = left < kTokenBlock ? left : kTokenBlock;
-  const int64_t high = first_row(groups, first, count, g) + token - first;
-  return {high, high + count, plane_index(groups, tokens, token, g), static_cast<uint8_t>(token - first)};
+// Codes of the high plane; returns their sum, which is exact.
+FLASHMOE_INLINE float put_high(const PlaneSource& source, int8_t* codes) {
+  I32x16 sum = i32_zero();
+  for (int i = 0; i < source.group; i += 16) {
+    const I32x16 high = round_i32(round_even(mul(load(source.in + i), set1(source.inverse))));
+    store_i8(codes + i, high);
+    sum = i32_add(sum, high);
+  }
+  return reduce_add(to_f32(sum));
 }
 
-FLASHMOE_INLINE void describe_planes(const PlaneRows& out, const PlanePlace& place, float scale, bool fine,
-                                     float sum, float fine_sum) {
-  out.fine[place.at] = fine;
-  out.low_at[place.at] = out.token[place.high] = out.token[place.low] = place.token;
-  out.scale[place.high] = scale;
-  out.scale[place.low] = scale * (1.0f / kLowLevels);
-  out.sum[place.high] = sum;
-  out.fine_sum[place.high] = fine_sum;
-  out.sum[place.low] = out.fine_sum[place.low] = 0.0f;
+// As put_high, of the low plane.
+FLASHMOE_INLINE float put_low(const PlaneSource& source, int8_t* codes) {
+  I32x16 sum = i32_zero();
+  for (int i = 0; i < source.group; i += 16) {
+    const F32x16 scaled = mul(load(source.in + i), set1(source.inverse));
+    const I32x16 low = round_i32(mul(sub(scaled, round_even(scaled)), set1(kLowLevels)));
+    store_i8(codes + i, low);
+    sum = i32_add(sum, low);
+  }
+  return reduce_add(to_f32(sum));
+}
+
+// Where a group's planes of a block of tokens go.
+struct GroupPlanes {
+  int64_t first_row;
+  int64_t tokens;   // of the block
+  int64_t at;       // plane_index of the first of them
+  uint8_t* marked;  // low planes that count so far
+};
+
+// Token t's planes of one group; limit: of a square, NaN for a row that is broken.
+FLASHMOE_INLINE void put_planes(const FloatRows& x, const float* in, int64_t t, float limit,
+                                const GroupPlanes& to, const PlaneRows& out) {
+  const bool broken = limit != limit;
+  const float amax = broken ? limit : largest_of(in, x.group);
+  const bool fine = amax * amax > limit;
+  // Below 1e-34 the reciprocal overflows; such a group is zero to any later arithmetic.
+  const PlaneSource source{broken ? kZeros : in, x.group, amax > 1e-34f ? kLevels / amax : 0.0f};
+  const int64_t high = to.first_row + t;
+  int8_t* codes = out.codes + high * x.group;
+  // The next token's: another core may have these lines, and a store that has to fetch its line stalls.
+  __builtin_prefetch(codes + x.group, 1);
+  const float scale = amax / kLevels, coarse_sum = put_high(source, codes);
+  out.token[high] = static_cast<uint8_t>(t);
+  out.scale[high] = scale;
+  out.sum[high] = scale * coarse_sum;
+  out.fine[to.at + t] = fine;
+  if (!fine && !x.every) return;
+  const int64_t slot = fine ? (*to.marked)++ : to.tokens - 1 - (t - *to.marked);
+  const int64_t low = to.first_row + to.tokens + slot;
+  // Exact up to the last product: 64 * 127 + 64 * 64 / 128 needs 20 bits.
+  const float fine_sum = scale * (coarse_sum + put_low(source, out.codes + low * x.group) / kLowLevels);
+  if (fine) out.sum[high] = fine_sum;
+  out.fine_sum[high] = fine_sum;
+  out.low_at[to.at + t] = static_cast<uint8_t>(slot);
+  out.token[low] = static_cast<uint8_t>(t);
+  out.scale[low] = scale * (1.0f / kLowLevels);
+  out.sum[low] = out.fine_sum[low] = 0.0f;
 }
 
 // A row that holds a NaN or an infinity (or values above 1e19) gives NaN, as on the f32 path: integers would
 // turn it into plausible numbers, different ones in every instruction set.
-void quantize_broken(int64_t cols, int group, int64_t token, const PlaneRows& out) {
-  const float nan = __builtin_nanf("");
-  for (int64_t g = 0; g < cols / group; ++g) {
-    const PlanePlace place = plane_place(cols / group, out.tokens, token, g);
-    __builtin_memset(out.codes + place.high * group, 0, static_cast<size_t>(group));
-    __builtin_memset(out.codes + place.low * group, 0, static_cast<size_t>(group));
-    describe_planes(out, place, nan, false, nan, nan);
-  }
+FLASHMOE_INLINE float square_limit(const float* x, int64_t cols, float coarse_limit) {
+  const float square = mean_square(x, cols);
+  return __builtin_isfinite(square) ? coarse_limit * coarse_limit * square : __builtin_nanf("");
 }
 
-void quantize(const float* x, int64_t cols, int group, float coarse_limit, int64_t token,
-              const PlaneRows& out) {
-  const float square = mean_square(x, cols);
-  if (!__builtin_isfinite(square)) return quantize_broken(cols, group, token, out);
-  const float limit = coarse_limit * coarse_limit * square;
-  for (int64_t g = 0; g < cols / group; ++g) {
-    const float* in = x + g * group;
-    const PlanePlace place = plane_place(cols / group, out.tokens, token, g);
-    const float amax = largest_of(in, group);
-    const bool fine = amax * amax > limit;
-    // Below 1e-34 the reciprocal overflows; such a group is zero to any later arithmetic.
-    const F32x16 inverse = set1(amax > 1e-34f ? kLevels / amax : 0.0f);
-    I32x16 high_sum = i32_zero(), low_sum = i32_zero();
-    for (int i = 0; i < group; i += 16) {
-      const F32x16 scaled = mul(load(in + i), inverse);
-      const F32x16 rounded = round_even(scaled);
-      const I32x16 high = round_i32(rounded);
-      store_i8(out.codes + place.high * group + i, high);
-      high_sum = i32_add(high_sum, high);
-      const I32x16 low = round_i32(mul(sub(scaled, rounded), set1(kLowLevels)));
-      store_i8(out.codes + place.low * group + i, low);
-      low_sum = i32_add(low_sum, low);
+void quantize(const FloatRows& x, int64_t first, int64_t begin, int64_t end, const PlaneRows& out) {
+  const int64_t groups = x.cols / x.group, left = out.tokens - first;
+  const int64_t tokens = left < kTokenBlock ? left : kTokenBlock;
+  uint8_t marked[kMaxGroups];  // apart from other threads' counts until all are known
+  __builtin_memset(marked, 0, static_cast<size_t>(end - begin));
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = x.x + (first + t) * x.stride;
+    const float limit = square_limit(row, x.cols, x.coarse_limit);
+    for (int64_t g = begin; g < end; ++g) {
+      const GroupPlanes to{first_row(groups, first, tokens, g), tokens,
+                           plane_index(groups, out.tokens, first, g), marked + (g - begin)};
+      put_planes(x, row + g * x.group, t, limit, to, out);
     }
-    const float scale = amax / kLevels;
-    // Exact up to the last product: 64 * 127 + 64 * 64 / 128 needs 20 bits.
-    const float coarse_sum = reduce_add(to_f32(high_sum));
-    const float fine_sum = scale * (coarse_sum + reduce_add(to_f32(low_sum)) / kLowLevels);
-    describe_planes(out, place, scale, fine, fine ? fine_sum : scale * coarse_sum, fine_sum);
   }
+  __builtin_memcpy(out.marked + first / kTokenBlock * groups + begin, marked,
+                   static_cast<size_t>(end - begin));
 }
 
 void group_sums(const float* x, int64_t cols, int group, int64_t token, int64_t tokens, float* sum) {
