@@ -54,6 +54,9 @@ FAMILIES: list[Case] = [
     ("deepseek_f32", "deepseek2", [0, 1], equal_scales),
 ]
 DENSE_HYBRID: Case = ("family_qwen3_5", "qwen35", [0, 1], unchanged)
+GROUPED_HYBRID: Case = ("hf_next_bf16", "qwen3next", [0, 1], all_sparse)
+HYBRIDS = [DENSE_HYBRID, GROUPED_HYBRID]
+HYBRID_IDS = ["family_qwen3_5-qwen35", "hf_next_bf16-qwen3next"]
 IDS = [f"{fixture}-{architecture}" for fixture, architecture, *_ in FAMILIES]
 
 
@@ -73,14 +76,28 @@ def model_of(tmp_path: Path, families: Any, quantized: Any, case: Case) -> tuple
     shutil.copytree(GOLDEN / fixture, source)
     config = change(json.loads((source / "config.json").read_text()))
     (source / "config.json").write_text(json.dumps(config))
-    tensors = families.read(source)
+    found = tensors = families.read(source)
     if config["num_hidden_layers"] != max(layers) + 1:
         tensors = families.some_layers(tensors, layers)
+    if fixture == GROUPED_HYBRID[0]:
+        tensors = experts_in_both_layers(tensors)
+    if tensors is not found:
         for file in source.glob("*.safetensors*"):
             file.unlink()
         stored = {name: quantized.stored(values, "F32") for name, values in tensors.items()}
         quantized.write_safetensors(source / "model.safetensors", stored)
     return config, tensors, source
+
+
+def experts_in_both_layers(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The second layer's dense block replaced by the first one's experts, turned round."""
+    first, second = "model.layers.0.mlp.", "model.layers.1.mlp."
+    kept = {name: values for name, values in tensors.items() if not name.startswith(second)}
+    experts = {name: values for name, values in tensors.items() if name.startswith(first)}
+    return kept | {
+        name.replace(first, second): np.ascontiguousarray(values[..., ::-1])
+        for name, values in experts.items()
+    }
 
 
 def weights(bundle: Path) -> dict[str, bytes]:
@@ -111,7 +128,7 @@ def test_gguf_and_safetensors_give_one_bundle(
 
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
-@pytest.mark.parametrize("case", [*FAMILIES, DENSE_HYBRID], ids=[*IDS, "family_qwen3_5-qwen35"])
+@pytest.mark.parametrize("case", [*FAMILIES, *HYBRIDS], ids=[*IDS, *HYBRID_IDS])
 def test_tensors_fused_into_one_give_the_same_bundle(
     tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, case: Case, kind: str
 ) -> None:
@@ -159,8 +176,11 @@ def test_keys_and_values_in_one_matrix(
     assert np.array_equal(logits(first), logits(second))
 
 
-def test_dense_qwen3_5(tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any) -> None:
+@pytest.mark.parametrize("case", HYBRIDS, ids=HYBRID_IDS)
+def test_hybrids(
+    tmp_path: Path, gguf_families: Any, gguf_forms: Any, quantized_forms: Any, case: Case
+) -> None:
     """log(exp(x)) and 1 + w are rounded once more, and columns of heads of 16 leave their group of 32."""
-    first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, DENSE_HYBRID)
+    first, second = both_bundles(tmp_path, gguf_families, gguf_forms, quantized_forms, case)
     wanted, found = logits(first), logits(second)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()

@@ -175,9 +175,32 @@ def hybrid(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, 
         yield name.replace("dt_bias", "dt_proj.bias"), values
 
 
+def grouped(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
+    """Qwen3-Next: a key head's queries, keys, values and gates lie side by side and are taken apart; gates of the state
+    (in_proj_ba) stay as they are."""
+    keys, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    wide = config["linear_num_value_heads"] // keys * config["linear_value_head_dim"]
+    for name, values in merged(config, tensors, forms):
+        if "in_proj_qkvz" in name:
+            heads = values.reshape(keys, 2 * (size + wide), -1)
+            *qkv, z = (
+                part.reshape(-1, values.shape[1])
+                for part in np.split(heads, [size, 2 * size, 2 * size + wide], axis=1)
+            )
+            yield name.replace("qkvz", "qkv"), np.concatenate(qkv)
+            yield name.replace("qkvz", "z"), z
+        elif name.endswith("A_log"):
+            yield name, -np.exp(values)
+        elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            yield name, values + np.float32(1)
+        else:
+            yield name.replace("dt_bias", "dt_proj.bias"), values[:, 0] if "conv1d" in name else values
+
+
 Moves = Callable[[Config, Tensors, Any], Iterator[tuple[str, Array]]]
 MOVES: dict[str, Moves] = {
     "llama": llama, "gpt-oss": gpt_oss, "deepseek2": deepseek, "qwen35": hybrid,
+    "qwen3next": grouped,
 }  # fmt: skip
 
 
@@ -227,9 +250,15 @@ def hybrid_numbers(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sparse_hybrid_numbers(config: Config) -> dict[str, Any]:
+    """The recurrent layers and experts beside a shared one."""
+    shared = {"expert_shared_feed_forward_length": config["shared_expert_intermediate_size"]}
+    return hybrid_numbers(config) | expert_rows(config) | shared
+
+
 NUMBERS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "qwen3moe": expert_rows, "glm4moe": glm_numbers, "gpt-oss": gpt_oss_numbers, "deepseek2": deepseek_numbers,
-    "qwen35": hybrid_numbers,
+    "qwen35": hybrid_numbers, "qwen3next": sparse_hybrid_numbers,
 }  # fmt: skip
 
 
