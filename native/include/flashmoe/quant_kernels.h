@@ -68,10 +68,10 @@ struct PlaneRows {
   int8_t* codes = nullptr;    // `group` bytes a row
   float* scale = nullptr;     // of a low plane: that of its high one / 128
   float* sum = nullptr;       // with the low plane where fine; 0 for a low plane
-  float* fine_sum = nullptr;  // with the low plane everywhere; 0 for a low plane
+  float* fine_sum = nullptr;  // with the low plane, where it was made; 0 for a low plane
   uint8_t* token = nullptr;   // of the block
   uint8_t* fine = nullptr;    // the low plane counts
-  uint8_t* low_at = nullptr;  // which of the low planes is the token's
+  uint8_t* low_at = nullptr;  // which of the low planes is the token's, where it was made
   uint8_t* marked = nullptr;  // low planes that count
   int64_t tokens = 0;
 };
