@@ -42,7 +42,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(demo_bundle: Path) -> Iterator[Running]:
-    with LLM(demo_bundle, memory="2GiB", context=2048, sequences=3, prefix_cache="32MiB") as llm:
+    with LLM(demo_bundle, memory="4GiB", context=2048, sequences=3, prefix_cache="32MiB") as llm:
         scheduler = Scheduler(
             llm.engine, prefix_cache=PrefixCache(32 << 20, llm.engine.identity), most_waiting=12
         )
