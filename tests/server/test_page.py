@@ -53,7 +53,7 @@ def test_the_state_tells_what_happens_and_only_while_somebody_watches(server: Ru
         events = states(answer)
         shape = next(events)
         assert (len(shape["layers"]), shape["experts"], shape["slots"]) == (30, 8, 240)
-        assert shape["memory"]["budget"] == 4 << 30
+        assert shape["memory"]["budget"] == 2 << 30
         quiet = next(events)
         assert (quiet["type"], quiet["tokens"]) == ("state", 0)
         assert cache._activity is not None
