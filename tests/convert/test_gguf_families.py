@@ -56,8 +56,9 @@ FAMILIES: list[Case] = [
 DENSE_HYBRID: Case = ("family_qwen3_5", "qwen35", [0, 1], unchanged)
 GROUPED_HYBRID: Case = ("hf_next_bf16", "qwen3next", [0, 1], all_sparse)
 HYBRIDS = [DENSE_HYBRID, GROUPED_HYBRID]
-HYBRID_IDS = ["family_qwen3_5-qwen35", "hf_next_bf16-qwen3next"]
-IDS = [f"{fixture}-{architecture}" for fixture, architecture, *_ in FAMILIES]
+IDS, HYBRID_IDS = (
+    [f"{fixture}-{architecture}" for fixture, architecture, *_ in cases] for cases in (FAMILIES, HYBRIDS)
+)
 
 
 def both_bundles(tmp_path: Path, families: Any, forms: Any, quantized: Any, case: Case) -> tuple[Path, Path]:

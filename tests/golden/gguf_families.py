@@ -155,24 +155,32 @@ def deepseek(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str
         yield name.replace("kv_b", "v_b"), heads[:, nope:]
 
 
+def recurrent(name: str, values: Array) -> tuple[str, Array]:
+    """As the converter has them in models with recurrent layers: norms with 1 added, -exp(A_log)."""
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        values = values + np.float32(1)
+    elif name.endswith("A_log"):
+        values = -np.exp(values)
+    return name.replace("dt_bias", "dt_proj.bias"), values
+
+
 def hybrid(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
-    """Value heads dealt out, norms with 1 added, -exp(A_log)."""
+    """Value heads dealt out."""
     keys, per = (
         config["linear_num_key_heads"],
         config["linear_num_value_heads"] // config["linear_num_key_heads"],
     )
     before = 2 * keys * config["linear_key_head_dim"]
     for original, values in merged(config, tensors, forms):
-        name, part = original, original.removesuffix(".weight").rpartition("linear_attn.")[2]
-        if name.endswith("norm.weight") and part != "norm":
-            values = values + np.float32(1)
-        elif part in ("in_proj_qkv", "conv1d"):
+        part = original.removesuffix(".weight").rpartition("linear_attn.")[2]
+        name, values = recurrent(original, values)
+        if part in ("in_proj_qkv", "conv1d"):
             values = forms.tiled(values.reshape(len(values), -1), 0, keys, per, before)
         elif part in ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias"):
-            values = forms.tiled(-np.exp(values) if part == "A_log" else values, 0, keys, per)
+            values = forms.tiled(values, 0, keys, per)
         elif part == "out_proj":
             values = forms.tiled(values, 1, keys, per)
-        yield name.replace("dt_bias", "dt_proj.bias"), values
+        yield name, values
 
 
 def grouped(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str, Array]]:
@@ -189,12 +197,8 @@ def grouped(config: Config, tensors: Tensors, forms: Any) -> Iterator[tuple[str,
             )
             yield name.replace("qkvz", "qkv"), np.concatenate(qkv)
             yield name.replace("qkvz", "z"), z
-        elif name.endswith("A_log"):
-            yield name, -np.exp(values)
-        elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
-            yield name, values + np.float32(1)
         else:
-            yield name.replace("dt_bias", "dt_proj.bias"), values[:, 0] if "conv1d" in name else values
+            yield recurrent(name, values[:, 0] if "conv1d" in name else values)
 
 
 Moves = Callable[[Config, Tensors, Any], Iterator[tuple[str, Array]]]

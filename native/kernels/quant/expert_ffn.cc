@@ -143,9 +143,10 @@ void QuantOps::run_up(Job& job, int64_t tile_begin, int64_t tile_end, const uint
   for (int64_t t = 0; t < job.work.count; ++t) {
     float* row = hidden + t * width;
     std::fill(row + layout.intermediate, row + width, 0.0f);
-    if (int8_) continue;
-    kernels_.group_sums(row, width, layout.down.group, t, job.work.count,
-                        hidden_sums_.data() + job.offset / 32);
+    if (!int8_) {
+      kernels_.group_sums(row, width, layout.down.group, t, job.work.count,
+                          hidden_sums_.data() + job.offset / 32);
+    }
   }
   if (!int8_) return;
   quantize_rows(kernels_, {hidden, width, width, layout.down.group, kCoarseLimitGated, job.work.precise},

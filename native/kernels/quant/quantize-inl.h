@@ -63,7 +63,7 @@ FLASHMOE_INLINE void put_planes(const FloatRows& x, const float* in, int64_t t, 
   const int64_t high = to.first_row + t;
   int8_t* codes = out.codes + high * x.group;
   // The next token's: another core may have these lines, and a store that has to fetch its line stalls.
-  __builtin_prefetch(codes + x.group, 1);
+  if (t + 1 < to.tokens) __builtin_prefetch(codes + x.group, 1);
   const float scale = amax / kLevels, coarse_sum = put_high(source, codes);
   out.token[high] = static_cast<uint8_t>(t);
   out.scale[high] = scale;
