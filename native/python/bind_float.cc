@@ -118,8 +118,8 @@ void gated_delta_rule(FloatOps& ops, const Floats& mixed, const Floats& a, const
   require(size(out) == gates * shape.value_dim, "out must be [tokens, value_heads, value_dim]");
   const std::vector<SequenceRows> sequences = sequence_rows(states, ends, size(states[0]), shape.tokens);
   nb::gil_scoped_release release;
-  ops.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), sequences,
-                       out.data());
+  const DeltaCall call{mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), out.data()};
+  ops.gated_delta_rule(shape, call, sequences);
 }
 
 AttentionShape attention_shape(const Floats& q, const Cache& keys) {

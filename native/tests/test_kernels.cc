@@ -154,8 +154,8 @@ void delta_rule(Run& run, const DeltaShape& shape) {
   const auto out = run.empty<float>(gates * shape.value_dim);
   const SequenceRows rows[] = {{one.data(), 0, shape.tokens / 3},
                                {other.data(), shape.tokens / 3, shape.tokens}};
-  run.floats.gated_delta_rule(shape, mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), rows,
-                              out.data());
+  const DeltaCall call{mixed.data(), a.data(), b.data(), a_log.data(), dt_bias.data(), out.data()};
+  run.floats.gated_delta_rule(shape, call, rows);
   run.keep(out);
   run.keep(one);
   run.keep(other);

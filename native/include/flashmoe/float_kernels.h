@@ -69,8 +69,9 @@ struct DeltaStep {
   const float* beta = nullptr;
   const float* decay = nullptr;  // exp(g)
   int64_t gate_stride = 0;
-  float* state = nullptr;  // [key_dim, value_dim]
-  float* out = nullptr;    // [value_dim]
+  float* state = nullptr;        // [key_dim, value_dim]
+  const float* after = nullptr;  // the state that the thread goes on with, asked for in time; or null
+  float* out = nullptr;          // [value_dim]
   int64_t out_stride = 0;
   int64_t tokens = 0;
   int64_t key_dim = 0;

@@ -25,6 +25,16 @@ struct DeltaShape {
   int64_t channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
 };
 
+// Arrays of a gated_delta_rule (kernels/ops.py).
+struct DeltaCall {
+  const float* mixed = nullptr;  // [tokens, channels]: queries, keys, values
+  const float* a = nullptr;      // [tokens, value_heads], as b
+  const float* b = nullptr;
+  const float* a_log = nullptr;  // [value_heads], as dt_bias
+  const float* dt_bias = nullptr;
+  float* out = nullptr;  // [tokens, value_heads, value_dim]
+};
+
 struct AttentionShape {
   int64_t tokens = 0, heads = 0, kv_heads = 0, head_dim = 0, rotated = 0;
   bool gated = true;   // a query's head_dim values are followed by as many of its gate
@@ -57,9 +67,8 @@ class FloatOps {
   // w: [taps, channels].  Sequences' rows follow one another; no state serves two of them, here and below.
   void causal_conv1d(const float* u, const float* w, std::span<const SequenceRows> sequences,
                      int64_t channels, int64_t taps, float* out);
-  void gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                        const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
-                        float* out);
+  void gated_delta_rule(const DeltaShape& shape, const DeltaCall& call,
+                        std::span<const SequenceRows> sequences);
   // q_norm, k_norm: null for none.
   void attention_prepare(const AttentionShape& shape, const float* q_gate, const float* k, const float* v,
                          const float* q_norm, const float* k_norm, float eps, const float* cos,
@@ -86,9 +95,7 @@ class FloatOps {
 
  private:
   // At most kDeltaTokens, the rows of `sequences` counted from the first of mixed.
-  void delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                  const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
-                  float* out);
+  void delta_part(const DeltaCall& call, const DeltaShape& shape, std::span<const SequenceRows> sequences);
 
   ThreadPool& pool_;
   const FloatKernels& kernels_;

@@ -11,6 +11,12 @@ namespace flashmoe {
 
 inline int64_t tasks_of(int64_t items, int64_t per_task) { return (items + per_task - 1) / per_task; }
 
+// Which of `count` items task `task` is, so that a thread, which takes every T-th task, gets neighbours.
+inline int64_t neighbour(int64_t task, int64_t count, int64_t threads) {
+  const int64_t thread = task % threads;
+  return thread * (count / threads) + std::min(thread, count % threads) + task / threads;
+}
+
 // Equal items in a row, row tiles of one matrix: how many and what one costs (bytes, or what takes as long).
 struct WorkRun {
   int64_t items = 0;

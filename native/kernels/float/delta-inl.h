@@ -20,10 +20,17 @@ FLASHMOE_INLINE void clear(KeySums<V>& sums) {
   for (int v = 0; v < V; ++v) sums.with_k[v] = sums.with_q[v] = zero();
 }
 
-// state: [key_dim, stride], of which V x 16 columns are worked on; n: those that count of the last 16.
 template <int V>
-FLASHMOE_INLINE void delta_tokens(const DeltaStep& p, int64_t column, int64_t n, float* state,
-                                  int64_t stride) {
+FLASHMOE_INLINE void ask_for_row(const float* at) {
+  FLASHMOE_UNROLL(8)
+  for (int v = 0; v < V; ++v) __builtin_prefetch(at + 16 * v, 0, 2);
+}
+
+// state: [key_dim, stride], of which V x 16 columns are worked on; n: those that count of the last 16.
+// next: as many columns of the next state, or null.
+template <int V>
+FLASHMOE_INLINE void delta_tokens(const DeltaStep& p, int64_t column, int64_t n, float* state, int64_t stride,
+                                  const float* next) {
   KeySums<V> sums;
   clear(sums);
   for (int64_t i = 0; i < p.key_dim; ++i) {
@@ -66,6 +73,8 @@ FLASHMOE_INLINE void delta_tokens(const DeltaStep& p, int64_t column, int64_t n,
     } else {
       for (int64_t i = 0; i < p.key_dim; ++i) {
         const F32x16 key = set1(k[i]);
+        // This state comes from the second-level cache by now, and memory has nothing to do.
+        if (next != nullptr) ask_for_row<V>(next + i * stride);
         FLASHMOE_UNROLL(8)
         for (int v = 0; v < V; ++v) {
           float* at = state + i * stride + 16 * v;
@@ -84,7 +93,7 @@ FLASHMOE_INLINE void delta_block(const DeltaStep& p, int64_t column, int64_t n, 
     const float* row = p.state + i * p.value_dim + column;
     for (int v = 0; v < V; ++v) store(block + (i * V + v) * 16, load_n(row + 16 * v, lanes(v)));
   }
-  delta_tokens<V>(p, column, n, block, 16 * V);
+  delta_tokens<V>(p, column, n, block, 16 * V, nullptr);
   for (int64_t i = 0; i < p.key_dim; ++i) {
     float* row = p.state + i * p.value_dim + column;
     for (int v = 0; v < V; ++v) store_n(row + 16 * v, load(block + (i * V + v) * 16), lanes(v));
@@ -96,7 +105,8 @@ void delta_head(const DeltaStep& p) {
   int64_t column = 0;
   if (p.tokens == 1) {
     for (; column + 16 * kRowVectors <= p.value_dim; column += 16 * kRowVectors) {
-      delta_tokens<kRowVectors>(p, column, 16, p.state + column, p.value_dim);
+      const float* next = p.after != nullptr ? p.after + column : nullptr;
+      delta_tokens<kRowVectors>(p, column, 16, p.state + column, p.value_dim, next);
     }
   }
   for (; column + 16 * kBlockVectors <= p.value_dim; column += 16 * kBlockVectors) {

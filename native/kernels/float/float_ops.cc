@@ -31,6 +31,55 @@ void move_up(const SequenceRows& rows, const float* u, int64_t channels, int64_t
   }
 }
 
+// Of one key head and a sequence's tokens: normalised queries and keys [tokens, key_dim], their products
+// [tokens], and the gates [tokens, heads] of its value heads.
+struct DeltaInputs {
+  float* q;
+  float* k;
+  float* kq = nullptr;
+  float* beta = nullptr;
+  float* decay = nullptr;
+};
+
+// For value heads [head, head + count), which share a key head.
+void prepare_delta(const FloatKernels& kernels, const DeltaCall& call, const DeltaShape& shape,
+                   const SequenceRows& rows, int64_t head, int64_t count, const DeltaInputs& to) {
+  const int64_t dim = shape.key_dim, heads = shape.value_heads, ratio = heads / shape.key_heads;
+  const float q_scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  for (int64_t t = 0; t < rows.end - rows.begin; ++t) {
+    const float* row = call.mixed + (rows.begin + t) * shape.channels() + head / ratio * dim;
+    float *q = to.q + t * dim, *k = to.k + t * dim;
+    kernels.l2_norm(row, dim, q_scale, q);
+    kernels.l2_norm(row + shape.key_heads * dim, dim, 1.0f, k);
+    to.kq[t] = kernels.dot(q, k, dim);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t h = head + i, at = (rows.begin + t) * heads + h;
+      const double g =
+          -std::exp(static_cast<double>(call.a_log[h])) * softplus(double{call.a[at]} + call.dt_bias[h]);
+      to.beta[t * count + i] = static_cast<float>(1.0 / (1.0 + std::exp(-double{call.b[at]})));
+      to.decay[t * count + i] = static_cast<float>(std::exp(g));
+    }
+  }
+}
+
+// Value head h of a sequence, without what prepare_delta makes.
+DeltaStep delta_step(const DeltaCall& call, const DeltaShape& shape, const SequenceRows& rows, int64_t h) {
+  DeltaStep step;
+  step.qk_stride = shape.key_dim;
+  step.kq_stride = 1;
+  step.v =
+      call.mixed + rows.begin * shape.channels() + 2 * shape.key_heads * shape.key_dim + h * shape.value_dim;
+  step.v_stride = shape.channels();
+  step.state = rows.state + h * shape.key_dim * shape.value_dim;
+  step.after = h + 1 < shape.value_heads ? step.state + shape.key_dim * shape.value_dim : nullptr;
+  step.out = call.out + (rows.begin * shape.value_heads + h) * shape.value_dim;
+  step.out_stride = shape.value_heads * shape.value_dim;
+  step.tokens = rows.end - rows.begin;
+  step.key_dim = shape.key_dim;
+  step.value_dim = shape.value_dim;
+  return step;
+}
+
 }  // namespace
 
 const FloatKernels& float_kernels(Isa isa) {
@@ -106,16 +155,18 @@ void FloatOps::causal_conv1d(const float* u, const float* w, std::span<const Seq
   }
 }
 
-void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                                const float* a_log, const float* dt_bias,
-                                std::span<const SequenceRows> sequences, float* out) {
+void FloatOps::gated_delta_rule(const DeltaShape& shape, const DeltaCall& call,
+                                std::span<const SequenceRows> sequences) {
   // Every head passes over its keys and queries once for 32 of its columns: they must stay in the caches.
   const auto part = [&](int64_t begin, int64_t end, std::span<const SequenceRows> rows) {
     DeltaShape of = shape;
     of.tokens = end - begin;
-    delta_part(of, mixed + begin * shape.channels(), a + begin * shape.value_heads,
-               b + begin * shape.value_heads, a_log, dt_bias, rows,
-               out + begin * shape.value_heads * shape.value_dim);
+    DeltaCall from = call;
+    from.mixed += begin * shape.channels();
+    from.a += begin * shape.value_heads;
+    from.b += begin * shape.value_heads;
+    from.out += begin * shape.value_heads * shape.value_dim;
+    delta_part(from, of, rows);
   };
   if (shape.tokens <= kDeltaTokens) return part(0, shape.tokens, sequences);
   for (const SequenceRows& rows : sequences) {
@@ -127,54 +178,38 @@ void FloatOps::gated_delta_rule(const DeltaShape& shape, const float* mixed, con
   }
 }
 
-void FloatOps::delta_part(const DeltaShape& shape, const float* mixed, const float* a, const float* b,
-                          const float* a_log, const float* dt_bias, std::span<const SequenceRows> sequences,
-                          float* out) {
-  const int64_t keys = shape.key_heads * shape.key_dim, heads = shape.value_heads;
-  float* q = scratch_.at_least(shape.tokens * (2 * keys + shape.key_heads + 2 * heads));
-  float* k = q + shape.tokens * keys;
-  float* kq = k + shape.tokens * keys;
-  float* beta = kq + shape.tokens * shape.key_heads;
-  float* decay = beta + shape.tokens * heads;
-  const float q_scale = 1.0f / std::sqrt(static_cast<float>(shape.key_dim));
-  pool_.parallel_for(shape.tokens, [&](int64_t t) {
-    for (int64_t h = 0; h < shape.key_heads; ++h) {
-      const int64_t at = t * keys + h * shape.key_dim;
-      const float* row = mixed + t * shape.channels() + h * shape.key_dim;
-      kernels_.l2_norm(row, shape.key_dim, q_scale, q + at);
-      kernels_.l2_norm(row + keys, shape.key_dim, 1.0f, k + at);
-      kq[t * shape.key_heads + h] = kernels_.dot(q + at, k + at, shape.key_dim);
+void FloatOps::delta_part(const DeltaCall& call, const DeltaShape& shape,
+                          std::span<const SequenceRows> sequences) {
+  const int64_t ratio = shape.value_heads / shape.key_heads;
+  const int64_t all = static_cast<int64_t>(sequences.size());
+  // A key's value heads share its preparation, unless threads would have nothing to do.
+  const int64_t together = all * shape.key_heads >= pool_.threads() ? ratio : 1;
+  const int64_t parts = shape.value_heads / together;
+  // Whole cache lines a token, so that no two tasks write to the same one.
+  const int64_t width = tasks_of(2 * shape.key_dim + 1 + 2 * together, 16) * 16;
+  float* scratch = scratch_.at_least(shape.tokens * parts * width);
+  pool_.parallel_for(all * parts, [&](int64_t task) {
+    // Neighbouring heads on one thread: what it has just convolved, and a state that lies in one piece.
+    const int64_t item = neighbour(task, all * parts, pool_.threads());
+    const SequenceRows& rows = sequences[static_cast<size_t>(item / parts)];
+    const int64_t tokens = rows.end - rows.begin, head = item % parts * together;
+    if (tokens == 0) return;
+    float* at = scratch + (rows.begin * parts + item % parts * tokens) * width;
+    DeltaInputs inputs{at, at + tokens * shape.key_dim};
+    inputs.kq = inputs.k + tokens * shape.key_dim;
+    inputs.beta = inputs.kq + tokens;
+    inputs.decay = inputs.beta + tokens * together;
+    prepare_delta(kernels_, call, shape, rows, head, together, inputs);
+    for (int64_t h = head; h < head + together; ++h) {
+      DeltaStep step = delta_step(call, shape, rows, h);
+      step.q = inputs.q;
+      step.k = inputs.k;
+      step.kq = inputs.kq;
+      step.beta = inputs.beta + (h - head);
+      step.decay = inputs.decay + (h - head);
+      step.gate_stride = together;
+      kernels_.delta_head(step);
     }
-    for (int64_t h = 0; h < heads; ++h) {
-      const double g =
-          -std::exp(static_cast<double>(a_log[h])) * softplus(double{a[t * heads + h]} + dt_bias[h]);
-      beta[t * heads + h] = static_cast<float>(1.0 / (1.0 + std::exp(-double{b[t * heads + h]})));
-      decay[t * heads + h] = static_cast<float>(std::exp(g));
-    }
-  });
-  const int64_t ratio = heads / shape.key_heads;
-  pool_.parallel_for(static_cast<int64_t>(sequences.size()) * heads, [&](int64_t task) {
-    const SequenceRows& rows = sequences[static_cast<size_t>(task / heads)];
-    if (rows.begin == rows.end) return;
-    const int64_t h = task % heads, key_head = h / ratio, first = rows.begin;
-    DeltaStep step;
-    step.q = q + first * keys + key_head * shape.key_dim;
-    step.k = k + first * keys + key_head * shape.key_dim;
-    step.qk_stride = keys;
-    step.kq = kq + first * shape.key_heads + key_head;
-    step.kq_stride = shape.key_heads;
-    step.v = mixed + first * shape.channels() + 2 * keys + h * shape.value_dim;
-    step.v_stride = shape.channels();
-    step.beta = beta + first * heads + h;
-    step.decay = decay + first * heads + h;
-    step.gate_stride = heads;
-    step.state = rows.state + h * shape.key_dim * shape.value_dim;
-    step.out = out + (first * heads + h) * shape.value_dim;
-    step.out_stride = heads * shape.value_dim;
-    step.tokens = rows.end - rows.begin;
-    step.key_dim = shape.key_dim;
-    step.value_dim = shape.value_dim;
-    kernels_.delta_head(step);
   });
 }
 

@@ -254,7 +254,6 @@ __attribute__((noinline)) void multiply_table_block(const TileMatrix& w, const T
 // Constant bits and group let the compiler unroll the unpacking and keep the codes in registers.
 __attribute__((noinline)) void multiply_block(const TileMatrix& w, const uint8_t* const* tile, int tiles,
                                               const Ahead& ahead, const TokenBlock& block, float* acc) {
-  if (few(w, block)) return multiply_few(w, tile, tiles, ahead, block, acc);
   alignas(64) uint8_t table[kTableNbytes];
 #if !defined(FLASHMOE_SANITIZED)
   if (kSpecialised && w.has_table) {
@@ -282,10 +281,10 @@ FLASHMOE_INLINE TokenBlock token_block(const Activations& x, int64_t first) {
   return {&x, first, left < kTokenBlock ? left : kTokenBlock};
 }
 
-// Results of `tiles` row tiles for a block's tokens: acc [tiles, kTokenBlock, 16] to the rows of out.  Rows
-// are far apart: without the prefetch each waits for its line, 5 % of a product with 512 tokens.
+// Results of `tiles` row tiles for a block's tokens: acc [tiles, between, 16] to the rows of out.  Rows are
+// far apart: without the prefetch each waits for its line, 5 % of a product with 512 tokens.
 FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, const TokenBlock& block,
-                                 int64_t rt, int64_t tiles, const float* acc, float* out,
+                                 int64_t rt, int64_t tiles, const float* acc, int64_t between, float* out,
                                  int64_t out_stride) {
   for (int64_t t = 0; t < block.count; ++t) {
     if (t + kWriteAhead < block.count) {
@@ -294,7 +293,7 @@ FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, c
     }
     float* row = out_row(tokens, block.first + t, out, out_stride) + rt * kTileRows;
     for (int64_t p = 0; p < tiles; ++p) {
-      F32x16 y = load(acc + (p * kTokenBlock + t) * kTileRows);
+      F32x16 y = load(acc + (p * between + t) * kTileRows);
       const int64_t rows = rows_of(w, rt + p);
       if (w.bias != nullptr) y = add(y, load_n(w.bias + (rt + p) * kTileRows, rows));
       float* to = row + p * kTileRows;
@@ -304,11 +303,15 @@ FLASHMOE_INLINE void write_block(const TileMatrix& w, const TokenRows& tokens, c
   }
 }
 
-// Row tiles [begin, end), at most kTilesWritten, times one block of tokens; acc: [kTilesWritten, kTokenBlock,
-// 16].
+// Row tiles [begin, end), at most kTilesWritten, times one block of tokens; acc: room for [kTilesWritten,
+// kTokenBlock, 16].
 FLASHMOE_INLINE void matmul_block(const TileMatrix& w, const TokenRows& tokens, const TokenBlock& block,
                                   const Ahead& ahead, int64_t begin, int64_t end, float* acc, float* out,
                                   int64_t out_stride) {
+  if (few(w, block)) {
+    multiply_few(w, 1, begin, end, ahead, block, acc);
+    return write_block(w, tokens, block, begin, end - begin, acc, kFew, out, out_stride);
+  }
   // Few tokens wait for memory, and one stream of it is faster than two 18 KiB apart (22 against 12 GB/s).
   const int64_t together = block.x->tokens < 4 ? 1 : 2;
   for (int64_t rt = begin; rt < end; rt += together) {
@@ -317,7 +320,7 @@ FLASHMOE_INLINE void matmul_block(const TileMatrix& w, const TokenRows& tokens, 
                               w.tiles + (rt + 1) * w.groups * w.tile_stride};
     multiply_block(w, tile, tiles, ahead, block, acc + (rt - begin) * kTokenBlock * kTileRows);
   }
-  write_block(w, tokens, block, begin, end - begin, acc, out, out_stride);
+  write_block(w, tokens, block, begin, end - begin, acc, kTokenBlock, out, out_stride);
 }
 
 void matmul(const TileMatrix& w, const Activations& x, const TokenRows& tokens, int64_t tile_begin,
@@ -349,21 +352,40 @@ FLASHMOE_INLINE F32x16 joined(const Glu& glu, int64_t row, F32x16 gate, F32x16 u
   return mul(add(u, set1(1.0f)), div(g, closed));
 }
 
+// Gate and up of row tiles [begin, end) become one; acc: [end - begin, 2, between, 16] to [end - begin,
+// between, 16].
+FLASHMOE_INLINE void join_tiles(const Glu& glu, const TokenBlock& block, int64_t begin, int64_t end,
+                                int64_t between, float* acc) {
+  for (int64_t i = 0; i < end - begin; ++i) {
+    for (int64_t t = 0; t < block.count; ++t) {
+      const float* gate = acc + (2 * i * between + t) * kTileRows;
+      const F32x16 up = load(gate + between * kTileRows);
+      store(acc + (i * between + t) * kTileRows, joined(glu, (begin + i) * kTileRows, load(gate), up));
+    }
+  }
+}
+
 void matmul_glu(const TileMatrix& w, const Glu& glu, const Activations& x, const TokenRows& tokens,
                 int64_t tile_begin, int64_t tile_end, float* out, int64_t out_stride) {
+  static_assert(kTilesWritten * kFew <= kTokenBlock);
   alignas(64) float acc[2 * kTokenBlock * kTileRows];
   const Ahead ahead = ahead_of(w, tile_end);
   for (int64_t first = 0; first < x.tokens; first += kTokenBlock) {
     const TokenBlock block = token_block(x, first);
-    for (int64_t rt = tile_begin; rt < tile_end; ++rt) {
-      const uint8_t* gate = w.tiles + rt * w.groups * w.tile_stride;
-      const uint8_t* tile[2] = {gate, gate + w.tile_stride / 2};
-      multiply_block(w, tile, 2, ahead, block, acc);
-      for (int64_t t = 0; t < block.count; ++t) {
-        const F32x16 up = load(acc + (kTokenBlock + t) * kTileRows);
-        store(acc + t * kTileRows, joined(glu, rt * kTileRows, load(acc + t * kTileRows), up));
+    const bool is_few = few(w, block);
+    // One token's row tiles are joined some at a time: after each, nothing was read for 700 cycles.
+    const int64_t together = is_few ? kTilesWritten : 1, between = is_few ? kFew : kTokenBlock;
+    for (int64_t begin = tile_begin; begin < tile_end; begin += together) {
+      const int64_t end = tile_end - begin < together ? tile_end : begin + together;
+      if (is_few) {
+        multiply_few(w, 2, begin, end, ahead, block, acc);
+      } else {
+        const uint8_t* gate = w.tiles + begin * w.groups * w.tile_stride;
+        const uint8_t* tile[2] = {gate, gate + w.tile_stride / 2};
+        multiply_block(w, tile, 2, ahead, block, acc);
       }
-      write_block(w, tokens, block, rt, 1, acc, out, out_stride);
+      join_tiles(glu, block, begin, end, between, acc);
+      write_block(w, tokens, block, begin, end - begin, acc, between, out, out_stride);
     }
   }
 }

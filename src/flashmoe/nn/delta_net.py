@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike
 
+from flashmoe.kernels.arrays import zeros_f32
 from flashmoe.nn.blocks import MixerShape
 from flashmoe.nn.rotary import RotaryTables
 from flashmoe.nn.weights import F32, Weights
@@ -75,8 +76,8 @@ class DeltaNetShape(MixerShape):
         }
 
     def scratch(self, tokens: int) -> int:
-        """Keys and queries of 256 tokens, one pair a value head."""
-        return 2 * self.value_heads * (self.key_dim + 4) * min(tokens, 256)
+        """Of 256 tokens: keys and queries, one pair a value head, and gates, in whole cache lines."""
+        return self.value_heads * (2 * self.key_dim + 18) * min(tokens, 256)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class DeltaNetState:
         """State before the first token."""
         return DeltaNetState(
             np.zeros((shape.conv_kernel - 1, shape.channels), np.float32),
-            np.zeros((shape.value_heads, shape.key_dim, shape.value_dim), np.float32),
+            zeros_f32((shape.value_heads, shape.key_dim, shape.value_dim)),
         )
 
     def arrays(self, position: int) -> list[F32]:
