@@ -2,9 +2,9 @@
 
 Decode is bound by memory: the bytes that a token must read, over the bandwidth at which the same threads read
 memory.  Prefill is bound by the integer products: their multiply-adds, over the rate at which the same threads
-multiply between registers.  Both bounds are measured several times before and after each repetition, and their
-median counts: on a shared machine memory gives 25 to 45 GB/s from one second to the next, and the best burst is not
-what a second of decoding could have had.
+multiply between registers.  On a shared machine memory gives 33 GB/s in one second and 60 in the next, and the best
+burst is not what a second of decoding could have had: it is measured after every tenth of a second, in time that does
+not count.  The integer peak is measured several times before and after a prompt, and the median counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from math import inf
 from statistics import median, quantiles
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 from flashmoe.bench.peer import Peer
 from flashmoe.engine.workbench import Workbench
 
-_BOUND_RUNS = 5  # before and as many after: 0.6 s of reading, like 32 tokens of eight layers of the 35B shape
+_BOUND_RUNS = 5  # before a prompt and as many after it
+_PIECE_SECONDS = 0.1  # of decoding between two readings of the memory
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,9 @@ def profile(bench: Workbench, tokens: int) -> dict[str, Any]:
     bench.warm()
     bench.touch()
     bench.fill_context(0)
-    _decode(bench, 4)
+    _decode(bench, _ids(bench, 4))
     with bench.timed_operations() as seconds:
-        began = time.perf_counter()
-        _decode(bench, tokens)
-        total = time.perf_counter() - began
+        _, total = _decode(bench, _ids(bench, tokens))
     native = {name: value / tokens for name, value in sorted(seconds.items(), key=lambda item: -item[1])}
     return {
         "seconds_per_token": total / tokens,
@@ -125,31 +125,58 @@ def _series(bench: Workbench, options: BenchOptions) -> Iterator[Series]:
 
 
 def _measure_once(bench: Workbench, series: Series, tokens: int) -> None:
-    bound = bench.read_bandwidth if series.kind == "decode" else bench.int8_peak
-    rates, read = [bound() for _ in range(_BOUND_RUNS)], bench.bytes_read()
-    series.speeds.append(_run(bench, series, tokens))
+    read = bench.bytes_read()
+    if series.kind == "decode":
+        speed, bound = _decode_beside_memory(bench, series.tokens, tokens)
+    else:
+        rates = [bench.int8_peak() for _ in range(_BOUND_RUNS)]
+        speed = _prompt(bench, series.tokens)
+        bound = median([*rates, *(bench.int8_peak() for _ in range(_BOUND_RUNS))])
+    series.speeds.append(speed)
+    series.bounds.append(bound)
     series.bytes_read += bench.bytes_read() - read
-    series.bounds.append(median([*rates, *(bound() for _ in range(_BOUND_RUNS))]))
 
 
-def _run(bench: Workbench, series: Series, tokens: int) -> float:
+def _run(bench: Workbench, series: Series, tokens: int) -> None:
     if series.kind == "decode":
         bench.fill_context(series.tokens)
-        return _decode(bench, tokens)
+        _decode(bench, _ids(bench, tokens))
+    else:
+        _prompt(bench, series.tokens)
+
+
+def _prompt(bench: Workbench, tokens: int) -> float:
+    """Tokens per second."""
     bench.engine.start()
-    ids = _ids(bench, series.tokens)
+    ids = _ids(bench, tokens)
     began = time.perf_counter()
     bench.engine.feed(ids, "last")
-    return series.tokens / (time.perf_counter() - began)
-
-
-def _decode(bench: Workbench, tokens: int) -> float:
-    ids = _ids(bench, tokens + 1)
-    bench.engine.feed(ids[:1], "last")
-    began = time.perf_counter()
-    for token in ids[1:]:
-        bench.engine.feed([token], "last")
     return tokens / (time.perf_counter() - began)
+
+
+def _decode_beside_memory(bench: Workbench, context: int, tokens: int) -> tuple[float, float]:
+    """Tokens per second, and the bytes per second that memory gave meanwhile."""
+    bench.fill_context(context)
+    ids = _ids(bench, tokens + 1)
+    _decode(bench, ids[:1])
+    taken = seconds_per_byte = 0.0
+    done, before = 1, bench.read_bandwidth()
+    while done <= tokens:
+        count, seconds = _decode(bench, ids[done:], _PIECE_SECONDS)
+        after = bench.read_bandwidth()
+        taken += seconds
+        seconds_per_byte += count * 2 / (before + after)
+        done, before = done + count, after
+    return tokens / taken, tokens / seconds_per_byte
+
+
+def _decode(bench: Workbench, ids: list[int], limit: float = inf) -> tuple[int, float]:
+    """How many were decoded until `limit` seconds had passed, at least one, and the seconds."""
+    began, count, seconds = time.perf_counter(), 0, 0.0
+    while count < len(ids) and seconds < limit:
+        bench.engine.feed([ids[count]], "last")
+        count, seconds = count + 1, time.perf_counter() - began
+    return count, seconds
 
 
 def _ids(bench: Workbench, count: int) -> list[int]:
