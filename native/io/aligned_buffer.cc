@@ -13,7 +13,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 AlignedBuffer::AlignedBuffer(size_t nbytes, bool huge) : nbytes_(nbytes) {
   if (nbytes == 0) throw std::invalid_argument("a buffer needs at least one byte");
-  const bool use_huge = huge && nbytes >= kHugePage;
+  const bool use_huge = huge && nbytes >= 2 * kHugePage;
   const size_t align = use_huge ? kHugePage : kBlock;
   mapped_ = (nbytes + kBlock - 1) / kBlock * kBlock + (use_huge ? align : 0);
   mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
